@@ -1,0 +1,145 @@
+//! The Gram matrix `H = XᵀX` of a site's inputs, accumulated in f32 tile by tile.
+
+use rayon::prelude::*;
+
+use crate::linalg::{View, matmul_into};
+
+/// Rows and columns of a tile: fixed, so that sums do not depend on the number of threads.
+const TILE: usize = 192;
+
+/// `H = Σ xᵀx` over calibration tokens, `[n, n]`; only the upper triangle is kept up to date.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gram {
+    n: usize,
+    upper: Vec<f32>,
+    tokens: usize,
+}
+
+/// Pointer to the destination of disjoint tiles.
+struct TilePtr(*mut f32);
+// SAFETY: every task writes its own tile and nothing else reads the matrix meanwhile.
+unsafe impl Sync for TilePtr {}
+
+impl Gram {
+    /// An empty sum for inputs of `n` channels.
+    pub fn new(n: usize) -> Self {
+        Self { n, upper: vec![0.0; n * n], tokens: 0 }
+    }
+
+    /// Number of channels.
+    pub fn size(&self) -> usize {
+        self.n
+    }
+
+    /// Number of tokens added.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Adds `x`, `[tokens, n]` row-major.
+    pub fn add(&mut self, x: &[f32]) {
+        let n = self.n;
+        let tokens = x.len() / n.max(1);
+        assert_eq!(x.len(), tokens * n, "activations are not a multiple of the channels");
+        self.tokens += tokens;
+        let tiles = n.div_ceil(TILE);
+        let pairs: Vec<(usize, usize)> =
+            (0..tiles).flat_map(|i| (i..tiles).map(move |j| (i, j))).collect();
+        let dst = TilePtr(self.upper.as_mut_ptr());
+        let dst = &dst;
+        pairs.into_par_iter().for_each(move |(ti, tj)| {
+            let (i, j) = (ti * TILE, tj * TILE);
+            let (rows, cols) = (TILE.min(n - i), TILE.min(n - j));
+            let lhs = View::rows(&x[i..], tokens, rows, n).t();
+            let rhs = View::rows(&x[j..], tokens, cols, n);
+            // SAFETY: tile (ti, tj) is inside the n×n buffer and belongs to this task alone.
+            unsafe { matmul_into(dst.0.add(i * n + j), n, true, 1.0, lhs, rhs) };
+        });
+    }
+
+    /// `H[i, j]`.
+    #[inline]
+    pub fn at(&self, i: usize, j: usize) -> f32 {
+        self.upper[i.min(j) * self.n + i.max(j)]
+    }
+
+    /// Sets `H[i, j]` and `H[j, i]`.
+    pub fn set(&mut self, i: usize, j: usize, value: f32) {
+        self.upper[i.min(j) * self.n + i.max(j)] = value;
+    }
+
+    /// The diagonal.
+    pub fn diagonal(&self) -> Vec<f32> {
+        (0..self.n).map(|i| self.at(i, i)).collect()
+    }
+
+    /// Channels that were zero for every token.
+    pub fn dead(&self) -> Vec<bool> {
+        self.diagonal().iter().map(|d| *d == 0.0).collect()
+    }
+
+    /// `H` with rows and columns reordered: entry `(i, j)` is the old `(order[i], order[j])`.
+    pub fn permuted(&self, order: &[usize]) -> Self {
+        let mut out = Self { n: self.n, upper: vec![0.0; self.n * self.n], tokens: self.tokens };
+        for (i, &oi) in order.iter().enumerate() {
+            for (j, &oj) in order.iter().enumerate().skip(i) {
+                out.upper[i * self.n + j] = self.at(oi, oj);
+            }
+        }
+        out
+    }
+
+    /// `Σ_ij r_i H_ij r_j` in f64: the squared output error of a row's weight error `r`, summed
+    /// over tokens.
+    pub fn quad(&self, r: &[f32]) -> f64 {
+        let mut total = 0f64;
+        for (i, &ri) in r.iter().enumerate() {
+            let row = &self.upper[i * self.n..(i + 1) * self.n];
+            let mut cross = 0f64;
+            for (h, rj) in row[i + 1..].iter().zip(&r[i + 1..]) {
+                cross += *h as f64 * *rj as f64;
+            }
+            total += ri as f64 * (row[i] as f64 * ri as f64 + 2.0 * cross);
+        }
+        total
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::SplitMix64;
+
+    #[test]
+    fn equals_the_naive_sum_on_odd_sizes() {
+        let mut rng = SplitMix64::new(3);
+        for (n, tokens) in [(1, 1), (7, 5), (200, 33), (400, 17)] {
+            let x: Vec<f32> = (0..n * tokens).map(|_| rng.normal() as f32).collect();
+            let mut gram = Gram::new(n);
+            let half = tokens / 2 * n;
+            gram.add(&x[..half]);
+            gram.add(&x[half..]);
+            assert_eq!(gram.tokens(), tokens);
+            let r: Vec<f32> = (0..n).map(|_| rng.normal() as f32).collect();
+            let mut want = 0f64;
+            for row in x.chunks(n) {
+                let y: f64 = row.iter().zip(&r).map(|(a, b)| *a as f64 * *b as f64).sum();
+                want += y * y;
+            }
+            approx::assert_relative_eq!(gram.quad(&r), want, max_relative = 1e-4);
+        }
+    }
+
+    #[test]
+    fn same_bits_on_any_number_of_threads() {
+        let mut rng = SplitMix64::new(4);
+        let x: Vec<f32> = (0..500 * 60).map(|_| rng.normal() as f32).collect();
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut gram = Gram::new(500);
+            pool.install(|| gram.add(&x));
+            gram
+        };
+        assert!(run(1) == run(4));
+    }
+}

@@ -1,0 +1,30 @@
+//! Grids, rounding of one matrix, packing, statistics and linear algebra: everything about
+//! quantizing a matrix that needs neither a model nor a file.
+//!
+//! Symbols used throughout, defined once here:
+//!
+//! | symbol | meaning |
+//! |---|---|
+//! | `W` | a linear's weight, `[out, in]`, row-major; `y = x Wᵀ` |
+//! | `n`, `m` | rows (`out`) and columns (`in`) of `W` |
+//! | `Q` | the dequantized weight: the values that codes stand for |
+//! | `X` | calibration activations, `[tokens, in]` |
+//! | `H` | the Gram matrix `XᵀX`, `[in, in]` |
+//! | `u` | a code, an unsigned integer below `2^bits` |
+//! | `s`, `z` | a group's scale (step) and zero point: the value of `u` is `(u − z)·s` |
+
+pub mod bitstream;
+pub mod error;
+pub mod gram;
+pub mod grid;
+pub mod linalg;
+pub mod matrix;
+pub mod quantized;
+pub mod rng;
+pub mod rounding;
+
+pub use error::{CoreError, Result};
+pub use gram::Gram;
+pub use grid::{GridSpec, GroupGrid, ScaleFit};
+pub use matrix::{Matrix, RowSource};
+pub use quantized::{Plane, QuantizedMatrix};

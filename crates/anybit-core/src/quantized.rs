@@ -1,0 +1,341 @@
+//! [`QuantizedMatrix`]: packed codes and grid parameters of one weight matrix.
+//!
+//! A logical `[out, in]` matrix is a grid of (row group × column group) *planes*. Each plane has
+//! its own [`GridSpec`] and codes, so one type carries RTN and GPTQ (one plane), SKIM (row groups
+//! of different width) and ResQ (column groups). An optional row permutation says which stored
+//! row holds a logical row; an optional column scale multiplies every decoded row.
+
+use std::ops::Range;
+
+use half::f16;
+use rayon::prelude::*;
+
+use crate::bitstream::{pack_row, padding_is_zero, unpack_row, words_per_row};
+use crate::{CoreError, GridSpec, Matrix, Result, RowSource};
+
+/// Packed codes and parameters of one plane.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plane {
+    /// Rows of the plane.
+    pub rows: usize,
+    /// Columns of the plane.
+    pub cols: usize,
+    /// Its grid.
+    pub grid: GridSpec,
+    /// Bit streams, `[rows, words_per_row]`.
+    pub codes: Vec<u32>,
+    /// Affine grids: f16 scales, `[rows, groups]`. Codebooks: f16 centroids, `[rows, 2^bits]`.
+    pub scales: Vec<f16>,
+    /// Zero points as bit streams, `[rows, words_per_row(groups)]`; empty when implied.
+    pub zeros: Vec<u32>,
+}
+
+impl Plane {
+    /// Lengths of `codes`, `scales` and `zeros` for a plane of this shape: the layout of the file.
+    pub fn lengths(grid: GridSpec, rows: usize, cols: usize) -> [usize; 3] {
+        let groups = grid.groups(cols);
+        let per_row = match grid {
+            GridSpec::Codebook { bits } => 1usize << bits,
+            _ => groups,
+        };
+        let zeros = if grid.has_zeros() { words_per_row(groups, grid.bits()) } else { 0 };
+        [rows * words_per_row(cols, grid.bits()), rows * per_row, rows * zeros]
+    }
+
+    /// An all-zero plane to be filled row by row.
+    ///
+    /// # Errors
+    /// What [`GridSpec::validate`] finds.
+    pub fn empty(grid: GridSpec, rows: usize, cols: usize) -> Result<Self> {
+        grid.validate(cols)?;
+        let [codes, scales, zeros] = Self::lengths(grid, rows, cols);
+        let (codes, scales, zeros) = (vec![0; codes], vec![f16::ZERO; scales], vec![0; zeros]);
+        Ok(Self { rows, cols, grid, codes, scales, zeros })
+    }
+
+    /// Rebuilds a plane from stored parts.
+    ///
+    /// # Errors
+    /// Wrong lengths, scales that are not finite, or non-zero padding bits.
+    pub fn from_parts(
+        grid: GridSpec,
+        (rows, cols): (usize, usize),
+        codes: Vec<u32>,
+        scales: Vec<f16>,
+        zeros: Vec<u32>,
+    ) -> Result<Self> {
+        grid.validate(cols)?;
+        let want = Self::lengths(grid, rows, cols);
+        let found = [codes.len(), scales.len(), zeros.len()];
+        if want != found {
+            return Err(CoreError::Shape {
+                what: "codes, scales and zeros of a plane",
+                expected: format!("{want:?}"),
+                found: format!("{found:?}"),
+            });
+        }
+        let plane = Self { rows, cols, grid, codes, scales, zeros };
+        plane.check()?;
+        Ok(plane)
+    }
+
+    fn check(&self) -> Result<()> {
+        let per_row = (self.scales.len() / self.rows.max(1)).max(1);
+        if let Some(at) = self.scales.iter().position(|s| !s.is_finite()) {
+            return Err(CoreError::NotFinite {
+                what: "scales",
+                row: at / per_row,
+                col: at % per_row,
+                value: self.scales[at].to_string(),
+            });
+        }
+        let words = words_per_row(self.cols, self.grid.bits());
+        for (row, stream) in self.codes.chunks_exact(words.max(1)).enumerate() {
+            if !padding_is_zero(stream, self.cols, self.grid.bits()) {
+                return Err(CoreError::CodeRange { row });
+            }
+        }
+        Ok(())
+    }
+
+    /// Views of one row's mutable parts, for rounding rows in parallel.
+    pub fn rows_mut(&mut self) -> impl IndexedParallelIterator<Item = PlaneRowMut<'_>> {
+        let [codes, scales, zeros] = Self::lengths(self.grid, 1, self.cols);
+        let has_zeros = zeros > 0;
+        // A stream of empty slices stands in for the zero points that this grid does not have.
+        let zero_rows: Vec<&mut [u32]> = if has_zeros {
+            self.zeros.chunks_exact_mut(zeros).collect()
+        } else {
+            (0..self.rows).map(|_| Default::default()).collect()
+        };
+        let (grid, cols) = (self.grid, self.cols);
+        self.codes
+            .par_chunks_exact_mut(codes)
+            .zip(self.scales.par_chunks_exact_mut(scales))
+            .zip(zero_rows)
+            .map(move |((codes, scales), zeros)| PlaneRowMut { grid, cols, codes, scales, zeros })
+    }
+
+    /// Decodes columns `[0, cols)` of row `row` into `out`.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        let bits = self.grid.bits();
+        let mut codes = [0u8; 256];
+        let words = words_per_row(self.cols, bits);
+        let stream = &self.codes[row * words..(row + 1) * words];
+        let group_len = self.grid.group_len(self.cols);
+        let groups = self.grid.groups(self.cols);
+        match self.grid {
+            GridSpec::Codebook { .. } => {
+                let k = 1usize << bits;
+                let table: Vec<f32> =
+                    self.scales[row * k..(row + 1) * k].iter().map(|c| c.to_f32()).collect();
+                for (chunk, out) in out[..self.cols].chunks_mut(256).enumerate() {
+                    let codes = &mut codes[..out.len()];
+                    unpack_row(stream, bits, chunk * 256, codes);
+                    for (o, &u) in out.iter_mut().zip(codes.iter()) {
+                        *o = table[u as usize];
+                    }
+                }
+            }
+            _ => {
+                let zwords = words_per_row(groups, bits);
+                for g in 0..groups {
+                    let scale = self.scales[row * groups + g].to_f32();
+                    let mut zero = self.grid.implied_zero();
+                    if self.grid.has_zeros() {
+                        let mut z = [0u8];
+                        unpack_row(&self.zeros[row * zwords..(row + 1) * zwords], bits, g, &mut z);
+                        zero = z[0] as f32;
+                    }
+                    let start = g * group_len;
+                    let end = (start + group_len).min(self.cols);
+                    for (chunk, out) in out[start..end].chunks_mut(256).enumerate() {
+                        let codes = &mut codes[..out.len()];
+                        unpack_row(stream, bits, start + chunk * 256, codes);
+                        for (o, &u) in out.iter_mut().zip(codes.iter()) {
+                            *o = (u as f32 - zero) * scale;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Bytes of codes, and of everything.
+    pub fn bytes(&self) -> (usize, usize) {
+        let codes = self.codes.len() * 4;
+        (codes, codes + self.scales.len() * 2 + self.zeros.len() * 4)
+    }
+}
+
+/// One row of a plane, to be written.
+pub struct PlaneRowMut<'a> {
+    grid: GridSpec,
+    cols: usize,
+    codes: &'a mut [u32],
+    scales: &'a mut [f16],
+    zeros: &'a mut [u32],
+}
+
+impl PlaneRowMut<'_> {
+    /// Stores an affine row: its codes and the grid of each group.
+    pub fn set_affine(&mut self, codes: &[u8], groups: &[crate::GroupGrid]) {
+        debug_assert_eq!((codes.len(), groups.len()), (self.cols, self.scales.len()));
+        pack_row(codes, self.grid.bits(), self.codes);
+        for (s, g) in self.scales.iter_mut().zip(groups) {
+            *s = f16::from_f32(g.scale);
+        }
+        if self.grid.has_zeros() {
+            let zeros: Vec<u8> = groups.iter().map(|g| g.zero as u8).collect();
+            pack_row(&zeros, self.grid.bits(), self.zeros);
+        }
+    }
+
+    /// Stores a codebook row: its codes and its `2^bits` centroids.
+    pub fn set_codebook(&mut self, codes: &[u8], centroids: &[f16]) {
+        debug_assert_eq!((codes.len(), centroids.len()), (self.cols, self.scales.len()));
+        pack_row(codes, self.grid.bits(), self.codes);
+        self.scales.copy_from_slice(centroids);
+    }
+}
+
+/// A quantized weight matrix `[rows, cols]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizedMatrix {
+    /// Logical rows (`out`).
+    pub rows: usize,
+    /// Logical columns (`in`).
+    pub cols: usize,
+    /// Planes, row groups outermost: plane `(r, c)` is `planes[r · column_groups + c]`.
+    pub planes: Vec<Plane>,
+    /// Number of column groups.
+    pub column_groups: usize,
+    /// Factor of each column, applied after decoding.
+    pub column_scale: Option<Vec<f16>>,
+    /// Stored row of each logical row.
+    pub row_perm: Option<Vec<u32>>,
+}
+
+impl QuantizedMatrix {
+    /// A matrix of one plane.
+    pub fn single(plane: Plane) -> Self {
+        Self {
+            rows: plane.rows,
+            cols: plane.cols,
+            planes: vec![plane],
+            column_groups: 1,
+            column_scale: None,
+            row_perm: None,
+        }
+    }
+
+    /// Assembles planes, checking that they tile the matrix.
+    ///
+    /// # Errors
+    /// [`CoreError::Shape`] when planes do not tile it, or scale and permutation do not fit.
+    pub fn from_planes(
+        (rows, cols): (usize, usize),
+        planes: Vec<Plane>,
+        column_groups: usize,
+        column_scale: Option<Vec<f16>>,
+        row_perm: Option<Vec<u32>>,
+    ) -> Result<Self> {
+        let fail = |what, expected: String, found: String| {
+            Err(CoreError::Shape { what, expected, found })
+        };
+        if column_groups == 0 || planes.is_empty() || planes.len() % column_groups != 0 {
+            let found = planes.len().to_string();
+            return fail("number of planes", format!("a multiple of {column_groups}"), found);
+        }
+        for (i, p) in planes.iter().enumerate() {
+            let (same_row, same_col) = (&planes[i - i % column_groups], &planes[i % column_groups]);
+            if (p.rows, p.cols) != (same_row.rows, same_col.cols) {
+                let want = format!("{}×{}", same_row.rows, same_col.cols);
+                return fail("plane shape", want, format!("{}×{}", p.rows, p.cols));
+            }
+        }
+        let sum_rows: usize = planes.iter().step_by(column_groups).map(|p| p.rows).sum();
+        let sum_cols: usize = planes[..column_groups].iter().map(|p| p.cols).sum();
+        if (sum_rows, sum_cols) != (rows, cols) {
+            return fail("sum of planes", format!("{rows}×{cols}"), format!("{sum_rows}×{sum_cols}"));
+        }
+        if let Some(scale) = &column_scale {
+            if scale.len() != cols || scale.iter().any(|s| !s.is_finite()) {
+                return fail("column scale", format!("{cols} finite values"), "otherwise".into());
+            }
+        }
+        if let Some(perm) = &row_perm {
+            let mut seen = vec![false; rows];
+            let valid = perm.len() == rows
+                && perm.iter().all(|&p| {
+                    seen.get_mut(p as usize).is_some_and(|s| !std::mem::replace(s, true))
+                });
+            if !valid {
+                return fail("row permutation", format!("a permutation of {rows}"), "none".into());
+            }
+        }
+        Ok(Self { rows, cols, planes, column_groups, column_scale, row_perm })
+    }
+
+    /// Total bytes of codes, and of everything that is stored.
+    pub fn bytes(&self) -> (usize, usize) {
+        let (codes, all) = self
+            .planes
+            .iter()
+            .map(Plane::bytes)
+            .fold((0, 0), |(c, a), (pc, pa)| (c + pc, a + pa));
+        let scale = self.column_scale.as_ref().map_or(0, |s| s.len() * 2);
+        let perm = self.row_perm.as_ref().map_or(0, |p| p.len() * 4);
+        (codes, all + scale + perm)
+    }
+
+    /// Sum of code bits over all weights (no padding).
+    pub fn code_bits(&self) -> u64 {
+        self.planes.iter().map(|p| (p.rows * p.cols) as u64 * p.grid.bits() as u64).sum()
+    }
+
+    /// Decodes everything.
+    pub fn dequantize(&self) -> Matrix {
+        let mut m = Matrix::zeros(self.rows, self.cols);
+        m.data
+            .par_chunks_mut(self.cols.max(1))
+            .enumerate()
+            .for_each(|(r, out)| self.read_rows(r..r + 1, out));
+        m
+    }
+
+    fn decode_logical_row(&self, row: usize, out: &mut [f32]) {
+        let mut slot = self.row_perm.as_ref().map_or(row, |p| p[row] as usize);
+        let mut first = 0;
+        while slot >= self.planes[first].rows {
+            slot -= self.planes[first].rows;
+            first += self.column_groups;
+        }
+        let mut start = 0;
+        for plane in &self.planes[first..first + self.column_groups] {
+            plane.decode_row(slot, &mut out[start..start + plane.cols]);
+            start += plane.cols;
+        }
+        if let Some(scale) = &self.column_scale {
+            for (o, s) in out.iter_mut().zip(scale) {
+                *o *= s.to_f32();
+            }
+        }
+    }
+}
+
+impl RowSource for QuantizedMatrix {
+    fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        for (row, out) in rows.zip(out.chunks_exact_mut(self.cols)) {
+            self.decode_logical_row(row, out);
+        }
+    }
+
+    fn stored_bytes(&self) -> usize {
+        self.bytes().1
+    }
+}

@@ -1,0 +1,37 @@
+//! Rounding: how the weights of one matrix are put on a grid.
+//!
+//! [`nearest`] needs the weights alone; [`gptq`] also needs the Gram matrix of the inputs. Both
+//! return a [`crate::Plane`] and leave the decoded result to be read back from it, so that what
+//! is measured is what is stored.
+
+pub mod gptq;
+pub mod nearest;
+
+pub use gptq::{GptqOptions, gptq};
+pub use nearest::nearest;
+
+use crate::{CoreError, GridSpec, GroupGrid, Result, ScaleFit};
+
+/// Fits the grid of every group of a row.
+pub(crate) fn fit_row(
+    spec: GridSpec,
+    weights: &[f32],
+    fit: ScaleFit,
+    row: usize,
+) -> Result<Vec<GroupGrid>> {
+    weights
+        .chunks(spec.group_len(weights.len()))
+        .enumerate()
+        .map(|(group, w)| GroupGrid::fit(spec, w, fit).map_err(|e| place(e, row, group)))
+        .collect()
+}
+
+/// Fills in where an overflow happened.
+pub(crate) fn place(error: CoreError, row: usize, group: usize) -> CoreError {
+    match error {
+        CoreError::ScaleOverflow { magnitude, .. } => {
+            CoreError::ScaleOverflow { row, group, magnitude }
+        }
+        other => other,
+    }
+}
