@@ -81,4 +81,30 @@ pub enum CoreError {
         /// Row of the first such code.
         row: usize,
     },
+    /// A sensitivity below zero: a sum of squares cannot be.
+    #[error(
+        "{what} holds a negative value ({value}) at row {row}, column {col}: sensitivities are \
+         sums of squares, so these are gradients or another matrix's"
+    )]
+    NegativeWeight {
+        /// The list or matrix.
+        what: &'static str,
+        /// Row of the first such value.
+        row: usize,
+        /// Column of the first such value.
+        col: usize,
+        /// The value, as printed.
+        value: String,
+    },
+    /// A budget that does not even pay for the cheapest choices.
+    #[error(
+        "a budget of {given} bits is below the minimum of {minimum}: raise the average, or allow \
+         narrower grids"
+    )]
+    Budget {
+        /// Budget asked for.
+        given: u64,
+        /// Least possible cost.
+        minimum: u64,
+    },
 }

@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-use crate::linalg::{View, matmul_into};
+use crate::Matrix;
+use crate::linalg::{View, matmul, matmul_into};
 
 /// Rows and columns of a tile: fixed, so that sums do not depend on the number of threads.
 const TILE: usize = 192;
@@ -89,6 +90,30 @@ impl Gram {
         out
     }
 
+    /// `tr(R H Rᵀ)`: the summed output error of the weight error `r`, `[rows, n]`.
+    pub fn trace(&self, r: &Matrix) -> f64 {
+        let n = self.n;
+        // R H Rᵀ = 2 R U Rᵀ − R D Rᵀ with the upper triangle U of H and its diagonal D: the lower
+        // half of diagonal tiles is filled too and has to go.
+        let mut upper = self.upper.clone();
+        for i in 0..n {
+            upper[i * n..i * n + i].fill(0.0);
+            upper[i * n + i] *= 0.5;
+        }
+        let rows: Vec<f64> = r
+            .data
+            .par_chunks(TILE * n.max(1))
+            .map(|r| {
+                let rows = r.len() / n;
+                let mut product = vec![0f32; r.len()];
+                let (lhs, rhs) = (View::rows(r, rows, n, n), View::rows(&upper, n, n, n));
+                matmul(&mut product, n, false, 2.0, lhs, rhs);
+                product.iter().zip(r).map(|(p, r)| *p as f64 * *r as f64).sum()
+            })
+            .collect();
+        rows.iter().sum()
+    }
+
     /// `Σ_ij r_i H_ij r_j` in f64: the squared output error of a row's weight error `r`, summed
     /// over tokens.
     pub fn quad(&self, r: &[f32]) -> f64 {
@@ -127,6 +152,8 @@ mod tests {
                 want += y * y;
             }
             approx::assert_relative_eq!(gram.quad(&r), want, max_relative = 1e-4);
+            let twice = Matrix::from_vec(2, n, [r.clone(), r].concat()).unwrap();
+            approx::assert_relative_eq!(gram.trace(&twice), 2.0 * want, max_relative = 1e-4);
         }
     }
 

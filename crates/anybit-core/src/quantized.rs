@@ -161,6 +161,25 @@ impl Plane {
         }
     }
 
+    /// Appends the rows of `other`.
+    ///
+    /// # Errors
+    /// [`CoreError::Shape`] when grid or columns differ.
+    pub fn append_rows(&mut self, other: Self) -> Result<()> {
+        if (self.grid, self.cols) != (other.grid, other.cols) {
+            return Err(CoreError::Shape {
+                what: "rows to append",
+                expected: format!("{:?} of {} columns", self.grid, self.cols),
+                found: format!("{:?} of {} columns", other.grid, other.cols),
+            });
+        }
+        self.rows += other.rows;
+        self.codes.extend(other.codes);
+        self.scales.extend(other.scales);
+        self.zeros.extend(other.zeros);
+        Ok(())
+    }
+
     /// Bytes of codes, and of everything.
     pub fn bytes(&self) -> (usize, usize) {
         let codes = self.codes.len() * 4;

@@ -1,1 +1,39 @@
-//! x
+//! The loops that inference spends its time in: linears over any weight storage, RMSNorm, rotary
+//! embedding, SwiGLU, softmax, attention.
+//!
+//! Every function splits its work into tiles whose size does not depend on the number of threads
+//! and sums in a fixed order inside a tile: the same input gives the same bits on any machine
+//! with the same instruction set, on any number of threads.
+
+pub mod activation;
+pub mod attention;
+pub mod linear;
+pub mod norm;
+pub mod rope;
+
+pub use activation::{softmax, swiglu};
+pub use attention::{AttentionShape, attention};
+pub use linear::linear;
+pub use norm::rms_norm;
+pub use rope::RopeTable;
+
+/// Pointer to a buffer of which every task writes its own disjoint part.
+#[derive(Clone, Copy)]
+pub(crate) struct DisjointMut(pub *mut f32);
+// SAFETY: the constructors' tasks write disjoint elements and read none of the others'.
+unsafe impl Send for DisjointMut {}
+// SAFETY: as above.
+unsafe impl Sync for DisjointMut {}
+
+/// Runs `f` with this thread's scratch buffer, at least `len` long. Grown once, reused for ever.
+pub(crate) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    thread_local! {
+        static SCRATCH: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+    }
+    SCRATCH.with_borrow_mut(|buffer| {
+        if buffer.len() < len {
+            buffer.resize(len, 0.0);
+        }
+        f(&mut buffer[..len])
+    })
+}

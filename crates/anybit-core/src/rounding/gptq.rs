@@ -50,9 +50,40 @@ pub struct GptqResult {
     pub damp: f64,
 }
 
+/// What GPTQ needs of a Gram matrix; shared by all linears with the same inputs.
+pub struct GptqFactor {
+    /// Column that is rounded at each step.
+    order: Vec<usize>,
+    /// Channels that no token excites.
+    dead: Vec<bool>,
+    /// `U` with `H⁻¹ = UᵀU`, in rounding order.
+    u: Matrix,
+    act_order: bool,
+    /// The damping that was needed.
+    pub damp: f64,
+}
+
+impl GptqFactor {
+    /// Factors `gram`. Channels that no token excites (`H_jj = 0`) get a unit diagonal: they are
+    /// independent of all others.
+    ///
+    /// # Errors
+    /// A Gram matrix that stays singular.
+    pub fn new(gram: &Gram, options: GptqOptions) -> Result<Self> {
+        let dead = gram.dead();
+        let order = column_order(gram, options.act_order);
+        let mut damped = gram.permuted(&order);
+        for (j, &column) in order.iter().enumerate() {
+            if dead[column] {
+                damped.set(j, j, 1.0);
+            }
+        }
+        let (u, damp) = inverse_cholesky(&damped, options.damp)?;
+        Ok(Self { order, dead, u, act_order: options.act_order, damp })
+    }
+}
+
 /// Rounds `weights` to the affine grid `spec` under the Gram matrix of its inputs.
-///
-/// Channels that no token excites (`H_jj = 0`) keep no weight: it could only harm.
 ///
 /// # Errors
 /// As [`super::nearest()`]; also a Gram matrix of another size, or one that stays singular.
@@ -62,25 +93,30 @@ pub fn gptq(
     spec: GridSpec,
     options: GptqOptions,
 ) -> Result<GptqResult> {
+    gptq_with(weights, &GptqFactor::new(gram, options)?, spec, options.fit)
+}
+
+/// [`gptq`] with a factor that is already there. Channels that no token excites keep no weight: it
+/// could only harm.
+///
+/// # Errors
+/// As [`gptq`].
+pub fn gptq_with(
+    weights: &Matrix,
+    factor: &GptqFactor,
+    spec: GridSpec,
+    fit: ScaleFit,
+) -> Result<GptqResult> {
     weights.check_finite("weight")?;
-    if gram.size() != weights.cols {
+    if factor.order.len() != weights.cols {
         return Err(CoreError::Shape {
             what: "Gram matrix of the inputs",
             expected: weights.cols.to_string(),
-            found: gram.size().to_string(),
+            found: factor.order.len().to_string(),
         });
     }
-    let dead = gram.dead();
-    let order = column_order(gram, options.act_order);
-    let mut damped = gram.permuted(&order);
-    for (j, &column) in order.iter().enumerate() {
-        if dead[column] {
-            damped.set(j, j, 1.0);
-        }
-    }
-    let (u, damp) = inverse_cholesky(&damped, options.damp)?;
     let mut plane = Plane::empty(spec, weights.rows, weights.cols)?;
-    let task = Task { weights, order: &order, dead: &dead, u: &u, spec, options };
+    let task = Task { weights, factor, spec, fit };
     let mut outs: Vec<_> = plane.rows_mut().collect();
     let losses: Vec<f64> = outs
         .par_chunks_mut(ROWS)
@@ -94,7 +130,7 @@ pub fn gptq(
         })
         .collect::<Result<_>>()?;
     drop(outs);
-    Ok(GptqResult { plane, loss: losses.iter().sum(), damp })
+    Ok(GptqResult { plane, loss: losses.iter().sum(), damp: factor.damp })
 }
 
 fn column_order(gram: &Gram, act_order: bool) -> Vec<usize> {
@@ -108,11 +144,9 @@ fn column_order(gram: &Gram, act_order: bool) -> Vec<usize> {
 
 struct Task<'a> {
     weights: &'a Matrix,
-    order: &'a [usize],
-    dead: &'a [bool],
-    u: &'a Matrix,
+    factor: &'a GptqFactor,
     spec: GridSpec,
-    options: GptqOptions,
+    fit: ScaleFit,
 }
 
 struct RoundedRow {
@@ -131,11 +165,11 @@ impl Task<'_> {
         let mut w = vec![0f32; count * m];
         for (r, w) in w.chunks_exact_mut(m).enumerate() {
             let source = self.weights.row(first + r);
-            for (w, &column) in w.iter_mut().zip(self.order) {
-                *w = if self.dead[column] { 0.0 } else { source[column] };
+            for (w, &column) in w.iter_mut().zip(&self.factor.order) {
+                *w = if self.factor.dead[column] { 0.0 } else { source[column] };
             }
-            let groups = if self.options.act_order {
-                fit_row(self.spec, source, self.options.fit, first + r)?
+            let groups = if self.factor.act_order {
+                fit_row(self.spec, source, self.fit, first + r)?
             } else {
                 Vec::with_capacity(m.div_ceil(group_len))
             };
@@ -152,7 +186,7 @@ impl Task<'_> {
             let rest = start + len;
             if rest < m {
                 let lhs = View::rows(&errors, count, len, block);
-                let rhs = View::rows(&self.u.data[start * m + rest..], len, m - rest, m);
+                let rhs = View::rows(&self.factor.u.data[start * m + rest..], len, m - rest, m);
                 matmul(&mut w[rest..], m, true, -1.0, lhs, rhs);
             }
         }
@@ -178,17 +212,17 @@ impl Task<'_> {
         let end = start + errors.len();
         let mut loss = 0f64;
         for j in start..end {
-            if !self.options.act_order && j % group_len == 0 {
+            if !self.factor.act_order && j % group_len == 0 {
                 let current = &w[j..(j + group_len).min(m)];
-                let fitted = GroupGrid::fit(self.spec, current, self.options.fit)
+                let fitted = GroupGrid::fit(self.spec, current, self.fit)
                     .map_err(|e| place(e, row_index, j / group_len))?;
                 row.groups.push(fitted);
             }
-            let column = self.order[j];
+            let column = self.factor.order[j];
             let grid = row.groups[column / group_len];
             let code = grid.encode(w[j]);
             row.codes[column] = code;
-            let u = &self.u.row(j)[j..end];
+            let u = &self.factor.u.row(j)[j..end];
             let e = (w[j] - grid.decode(code)) / u[0];
             for (w, u) in w[j + 1..end].iter_mut().zip(&u[1..]) {
                 *w -= e * u;
@@ -315,17 +349,12 @@ mod tests {
                 gram.set(i, j, if i == j { 1.0 } else { 0.8 });
             }
         }
-        let (u, _) = inverse_cholesky(&gram, 0.0).unwrap();
+        let (u, damp) = inverse_cholesky(&gram, 0.0).unwrap();
         let grid = GroupGrid { scale: 1.0, zero: 2.0, max_code: 3.0 };
-        let dead = [false; 3];
-        let task = Task {
-            weights: &w,
-            order: &[0, 1, 2],
-            dead: &dead,
-            u: &u,
-            spec: GridSpec::affine(2, true, None),
-            options: GptqOptions { act_order: true, ..Default::default() },
-        };
+        let factor =
+            GptqFactor { order: vec![0, 1, 2], dead: vec![false; 3], u, act_order: true, damp };
+        let (spec, fit) = (GridSpec::affine(2, true, None), ScaleFit::MinMax);
+        let task = Task { weights: &w, factor: &factor, spec, fit };
         let mut row = RoundedRow { codes: vec![0; 3], groups: vec![grid] };
         let mut work = w.data.clone();
         let loss = task.round_block(&mut row, &mut work, 0, &mut [0.0; 3], 0).unwrap();

@@ -1,0 +1,203 @@
+//! One packed matrix in a file: which tensors it is made of, its record, reading it back.
+
+use anybit_core::grid::GridSpec;
+use anybit_core::{CoreError, Plane, QuantizedMatrix};
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+use crate::safetensors_file::{FileDtype, PlannedTensor, RawTensor};
+use crate::{Checkpoint, IoError, Result};
+
+/// One plane of a packed matrix.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlaneRecord {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Grid.
+    pub grid: GridSpec,
+}
+
+/// What the manifest says of one packed matrix.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct QuantizedRecord {
+    /// Logical rows.
+    pub rows: usize,
+    /// Logical columns.
+    pub cols: usize,
+    /// Method that chose the codes.
+    pub method: String,
+    /// Planes, row groups outermost.
+    pub planes: Vec<PlaneRecord>,
+    /// Column groups.
+    pub column_groups: usize,
+    /// Whether a column scale is stored.
+    pub column_scale: bool,
+    /// Whether a row permutation is stored.
+    pub row_perm: bool,
+    /// Bits of all codes, without padding.
+    pub code_bits: u64,
+    /// Bytes of everything stored.
+    pub bytes: u64,
+    /// `‖W − Q‖² / ‖W‖²`.
+    pub relative_error: f64,
+    /// `tr((W−Q) H (W−Q)ᵀ) / tr(W H Wᵀ)` on the calibration inputs, when there were any.
+    pub output_error: Option<f64>,
+    /// `‖Q‖²`: what decoding must give again.
+    pub decoded_norm: f64,
+    /// BLAKE3 of the stored parts in order, in hex.
+    pub blake3: String,
+}
+
+/// The linear that a weight tensor belongs to: `x.q_proj.weight` → `x.q_proj`.
+fn linear_name(tensor: &str) -> &str {
+    tensor.strip_suffix(".weight").unwrap_or(tensor)
+}
+
+impl QuantizedRecord {
+    /// A record for `matrix`; errors and hash are the caller's to fill in.
+    pub fn describe(matrix: &QuantizedMatrix, method: &str) -> Self {
+        let planes = matrix
+            .planes
+            .iter()
+            .map(|p| PlaneRecord { rows: p.rows, cols: p.cols, grid: p.grid })
+            .collect();
+        Self {
+            rows: matrix.rows,
+            cols: matrix.cols,
+            method: method.into(),
+            planes,
+            column_groups: matrix.column_groups,
+            column_scale: matrix.column_scale.is_some(),
+            row_perm: matrix.row_perm.is_some(),
+            code_bits: matrix.code_bits(),
+            bytes: matrix.bytes().1 as u64,
+            relative_error: 0.0,
+            output_error: None,
+            decoded_norm: 0.0,
+            blake3: String::new(),
+        }
+    }
+
+    /// The tensors that hold the matrix `tensor`, in the order in which they are hashed.
+    pub fn parts(&self, tensor: &str) -> Vec<PlannedTensor> {
+        let linear = linear_name(tensor);
+        let mut parts = Vec::new();
+        for (i, p) in self.planes.iter().enumerate() {
+            let place = format!("{}.{}", i / self.column_groups, i % self.column_groups);
+            let [codes, scales, zeros] = Plane::lengths(p.grid, p.rows, p.cols);
+            let per_row = |len: usize| vec![p.rows, len / p.rows.max(1)];
+            let codes_name = format!("{linear}.codes.{place}");
+            parts.push(PlannedTensor::new(codes_name, FileDtype::U32, per_row(codes)));
+            let kind = match p.grid {
+                GridSpec::Codebook { .. } => "codebook",
+                _ => "scales",
+            };
+            let scales_name = format!("{linear}.{kind}.{place}");
+            parts.push(PlannedTensor::new(scales_name, FileDtype::F16, per_row(scales)));
+            if zeros > 0 {
+                let zeros_name = format!("{linear}.zeros.{place}");
+                parts.push(PlannedTensor::new(zeros_name, FileDtype::U32, per_row(zeros)));
+            }
+        }
+        if self.column_scale {
+            let name = format!("{linear}.column_scale");
+            parts.push(PlannedTensor::new(name, FileDtype::F16, vec![self.cols]));
+        }
+        if self.row_perm {
+            let name = format!("{linear}.row_perm");
+            parts.push(PlannedTensor::new(name, FileDtype::U32, vec![self.rows]));
+        }
+        parts
+    }
+
+    /// Hash of the stored parts.
+    pub fn hash<'a>(parts: impl Iterator<Item = &'a [u8]>) -> String {
+        let mut hasher = blake3::Hasher::new();
+        parts.for_each(|p| {
+            hasher.update(p);
+        });
+        hasher.finalize().to_hex().to_string()
+    }
+
+    /// Reads the matrix back.
+    ///
+    /// # Errors
+    /// Missing parts, wrong shapes, codes out of range, scales that are not finite.
+    pub fn load(&self, tensor: &str, checkpoint: &Checkpoint) -> Result<QuantizedMatrix> {
+        self.load_with(tensor, |name| checkpoint.raw(name))
+    }
+
+    /// [`Self::load`] from parts that `find` finds by name.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_with<'a>(
+        &self,
+        tensor: &str,
+        find: impl Fn(&str) -> Result<&'a RawTensor>,
+    ) -> Result<QuantizedMatrix> {
+        let fail = |source| IoError::Matrix { name: tensor.to_string(), source };
+        if self.column_groups == 0 {
+            let (expected, found) = ("at least 1".into(), "0".into());
+            return Err(fail(CoreError::Shape { what: "column groups", expected, found }));
+        }
+        for p in &self.planes {
+            p.grid.validate(p.cols).map_err(fail)?;
+        }
+        let mut raw = Vec::new();
+        for part in self.parts(tensor) {
+            let found = find(&part.name)?;
+            if found.dtype != part.dtype || found.shape != part.shape {
+                return Err(IoError::Shape {
+                    path: found.path.clone(),
+                    name: part.name,
+                    expected: part.shape,
+                    found: found.shape.clone(),
+                });
+            }
+            raw.push(found);
+        }
+        let mut raw = raw.into_iter();
+        // `parts` listed exactly what is taken here, in this order.
+        let mut next = || raw.next().map(RawTensor::bytes).unwrap_or_default();
+        let mut planes = Vec::new();
+        for p in &self.planes {
+            let (codes, scales) = (words(next()), halves(next()));
+            let zeros = if p.grid.has_zeros() { words(next()) } else { Vec::new() };
+            let plane = Plane::from_parts(p.grid, (p.rows, p.cols), codes, scales, zeros);
+            planes.push(plane.map_err(fail)?);
+        }
+        let column_scale = self.column_scale.then(|| halves(next()));
+        let row_perm = self.row_perm.then(|| words(next()));
+        let shape = (self.rows, self.cols);
+        QuantizedMatrix::from_planes(shape, planes, self.column_groups, column_scale, row_perm)
+            .map_err(fail)
+    }
+}
+
+/// The stored parts of a matrix, in the order of [`QuantizedRecord::parts`].
+pub fn part_bytes(matrix: &QuantizedMatrix) -> Vec<Vec<u8>> {
+    let words = |w: &[u32]| w.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let halves = |h: &[f16]| h.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let mut parts = Vec::new();
+    for p in &matrix.planes {
+        parts.push(words(&p.codes));
+        parts.push(halves(&p.scales));
+        if !p.zeros.is_empty() {
+            parts.push(words(&p.zeros));
+        }
+    }
+    parts.extend(matrix.column_scale.as_deref().map(halves));
+    parts.extend(matrix.row_perm.as_deref().map(words));
+    parts
+}
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect()
+}
+
+fn halves(bytes: &[u8]) -> Vec<f16> {
+    bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b)).collect()
+}

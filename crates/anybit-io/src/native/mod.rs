@@ -1,0 +1,111 @@
+//! The native packed checkpoint: a Hugging Face folder whose linears are bit streams, and
+//! `anybit.json`, the manifest that says how to decode each of them. Layout: `docs/format.md`.
+
+mod matrix;
+mod verify;
+
+pub use matrix::{PlaneRecord, QuantizedRecord, part_bytes};
+pub use verify::{Problem, relative_error, squared_norm, verify};
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{IoError, Result};
+
+/// Major version of the format: readers reject a newer one by name.
+pub const FORMAT_VERSION: u32 = 1;
+/// Minor version: readers accept every older and every newer one.
+pub const FORMAT_MINOR: u32 = 0;
+/// Name of the manifest.
+pub const MANIFEST: &str = "anybit.json";
+
+/// What the manifest says of a whole checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Major version of the format.
+    pub format_version: u32,
+    /// Minor version of the format.
+    pub format_minor: u32,
+    /// Version of the program that wrote it.
+    pub anybit_version: String,
+    /// Name of the model that was quantized (its folder's or file's name).
+    pub base_model: String,
+    /// The recipe with every default filled in.
+    pub recipe: Value,
+    /// Calibration data: name, hash, tokens; null for methods that need none.
+    pub calibration: Value,
+    /// Packed matrices by tensor name.
+    pub quantized: BTreeMap<String, QuantizedRecord>,
+    /// Tensors stored unquantized, by name.
+    pub dense: BTreeMap<String, DenseRecord>,
+}
+
+/// A tensor stored unquantized.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DenseRecord {
+    /// Element type as safetensors names it.
+    pub dtype: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Bytes.
+    pub bytes: u64,
+    /// BLAKE3 of the bytes, in hex.
+    pub blake3: String,
+}
+
+impl Manifest {
+    /// Reads `anybit.json` of a folder.
+    ///
+    /// # Errors
+    /// It is missing, broken, or of a newer major version.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(MANIFEST);
+        let text = std::fs::read_to_string(&path).map_err(|e| IoError::file("read", &path, e))?;
+        let value: Value =
+            serde_json::from_str(&text).map_err(|e| IoError::damaged(&path, e.to_string()))?;
+        let version = value["format_version"].as_u64();
+        match version {
+            Some(v) if v <= FORMAT_VERSION as u64 => {}
+            Some(v) => {
+                let what = format!(
+                    "format version {v} is newer than this program's {FORMAT_VERSION}; update anybit"
+                );
+                return Err(IoError::unsupported(&path, what));
+            }
+            None => return Err(IoError::damaged(&path, "no format_version")),
+        }
+        serde_json::from_value(value).map_err(|e| IoError::damaged(&path, e.to_string()))
+    }
+
+    /// The manifest as it is written.
+    pub fn to_json(&self) -> String {
+        let value = serde_json::to_value(self).unwrap_or_default();
+        format!("{value:#}\n")
+    }
+
+    /// Bits per weight over the packed matrices of the blocks: (codes, everything stored).
+    /// Embeddings and head are said separately: see [`Self::matrix_bits`].
+    pub fn bits_per_weight(&self) -> (f64, f64) {
+        let in_blocks = |name: &str| name.contains(".layers.");
+        self.sum_bits(in_blocks)
+    }
+
+    /// Bits per weight of one packed matrix: (codes, everything stored).
+    pub fn matrix_bits(&self, name: &str) -> Option<(f64, f64)> {
+        self.quantized.contains_key(name).then(|| self.sum_bits(|n| n == name))
+    }
+
+    fn sum_bits(&self, select: impl Fn(&str) -> bool) -> (f64, f64) {
+        let (mut weights, mut codes, mut total) = (0u64, 0u64, 0u64);
+        for (_, r) in self.quantized.iter().filter(|(name, _)| select(name)) {
+            weights += (r.rows * r.cols) as u64;
+            codes += r.code_bits;
+            total += r.bytes * 8;
+        }
+        let weights = weights.max(1) as f64;
+        (codes as f64 / weights, total as f64 / weights)
+    }
+}

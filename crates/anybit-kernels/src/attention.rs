@@ -1,0 +1,127 @@
+//! Causal attention with grouped keys over a cache, blocked over queries.
+
+use anybit_core::linalg::{View, matmul, matmul_into};
+use rayon::prelude::*;
+
+use crate::{DisjointMut, softmax, with_scratch};
+
+/// Queries of one task.
+const QUERIES: usize = 64;
+
+/// Sizes of an attention call.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; a divisor of `heads`.
+    pub kv_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Positions allocated per head in `keys` and `values`.
+    pub capacity: usize,
+    /// Position of the first query; keys `0..start + queries` are filled.
+    pub start: usize,
+    /// Keys that a query sees, itself included; `None` for all.
+    pub window: Option<usize>,
+}
+
+/// Computes `softmax(q kᵀ / √d) v` for every query and head.
+///
+/// `q` and `out` are `[queries, heads · head_dim]`; `keys` and `values` are
+/// `[kv_heads, capacity, head_dim]`.
+pub fn attention(q: &[f32], keys: &[f32], values: &[f32], shape: AttentionShape, out: &mut [f32]) {
+    let AttentionShape { heads, kv_heads, head_dim, capacity, start, window } = shape;
+    let stride = heads * head_dim;
+    let queries = q.len() / stride;
+    assert_eq!(q.len(), out.len(), "queries and outputs differ in length");
+    assert!(start + queries <= capacity, "more positions than the cache holds");
+    assert!(keys.len().min(values.len()) >= kv_heads * capacity * head_dim, "cache too short");
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let dst = DisjointMut(out.as_mut_ptr());
+    let blocks = queries.div_ceil(QUERIES);
+    (0..heads * blocks).into_par_iter().for_each(|task| {
+        let dst = dst;
+        let (head, first) = (task % heads, task / heads * QUERIES);
+        let count = QUERIES.min(queries - first);
+        let end = start + first + count;
+        let begin = window.map_or(0, |w| (start + first + 1).saturating_sub(w));
+        let span = end - begin;
+        let cache = head / (heads / kv_heads) * capacity * head_dim;
+        let keys = &keys[cache + begin * head_dim..cache + end * head_dim];
+        let values = &values[cache + begin * head_dim..cache + end * head_dim];
+        with_scratch(count * span, |scores| {
+            let q = View::rows(&q[first * stride + head * head_dim..], count, head_dim, stride);
+            matmul(scores, span, false, scale, q, View::rows(keys, span, head_dim, head_dim).t());
+            for (i, row) in scores.chunks_exact_mut(span).enumerate() {
+                let position = start + first + i;
+                let low = window.map_or(0, |w| (position + 1).saturating_sub(w)) - begin;
+                row[..low].fill(f32::NEG_INFINITY);
+                row[position + 1 - begin..].fill(f32::NEG_INFINITY);
+                softmax(row);
+            }
+            let values = View::rows(values, span, head_dim, head_dim);
+            // SAFETY: this head's channels of these queries belong to this task alone.
+            unsafe {
+                let dst = dst.0.add(first * stride + head * head_dim);
+                matmul_into(dst, stride, false, 1.0, View::rows(scores, count, span, span), values);
+            }
+        });
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anybit_core::rng::SplitMix64;
+    use proptest::prelude::*;
+
+    /// The scalar twin.
+    fn naive(q: &[f32], k: &[f32], v: &[f32], s: AttentionShape) -> Vec<f32> {
+        let stride = s.heads * s.head_dim;
+        let mut out = vec![0f32; q.len()];
+        for t in 0..q.len() / stride {
+            let position = s.start + t;
+            let low = s.window.map_or(0, |w| (position + 1).saturating_sub(w));
+            for h in 0..s.heads {
+                let at = |p: usize| (h / (s.heads / s.kv_heads) * s.capacity + p) * s.head_dim;
+                let q = &q[t * stride + h * s.head_dim..][..s.head_dim];
+                let score = |p: usize| {
+                    let dot: f32 = q.iter().zip(&k[at(p)..]).map(|(a, b)| a * b).sum();
+                    (dot / (s.head_dim as f32).sqrt()) as f64
+                };
+                let max = (low..=position).map(score).fold(f64::MIN, f64::max);
+                let sum: f64 = (low..=position).map(|p| (score(p) - max).exp()).sum();
+                for c in 0..s.head_dim {
+                    let value: f64 = (low..=position)
+                        .map(|p| (score(p) - max).exp() / sum * v[at(p) + c] as f64)
+                        .sum();
+                    out[t * stride + h * s.head_dim + c] = value as f32;
+                }
+            }
+        }
+        out
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn equals_the_scalar_twin(kv_heads in 1usize..3, group in 1usize..4, half in 1usize..9,
+                                  start in 0usize..70, queries in 1usize..140,
+                                  window in prop::option::of(1usize..90), seed in any::<u64>()) {
+            let shape = AttentionShape {
+                heads: kv_heads * group, kv_heads, head_dim: 2 * half,
+                capacity: start + queries + 3, start, window,
+            };
+            let mut rng = SplitMix64::new(seed);
+            let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
+            let q = normals(queries * shape.heads * shape.head_dim);
+            let k = normals(kv_heads * shape.capacity * shape.head_dim);
+            let v = normals(k.len());
+            let mut out = vec![0.0; q.len()];
+            attention(&q, &k, &v, shape, &mut out);
+            for (a, b) in out.iter().zip(naive(&q, &k, &v, shape)) {
+                prop_assert!((a - b).abs() < 2e-5, "{a} {b}");
+            }
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! `y = x Wᵀ + b` for weights stored in any form.
+//!
+//! A tile of rows of `W` is decoded to f32 into a thread's scratch and multiplied at once, so no
+//! f32 copy of `W` ever exists and what is computed is exactly what the decoded weights say. With
+//! many tokens the tile goes through GEMM, with few through dot products.
+
+use anybit_core::RowSource;
+use anybit_core::linalg::{View, matmul_into};
+use rayon::prelude::*;
+
+use crate::{DisjointMut, with_scratch};
+
+/// Up to this many tokens, dot products beat packing for GEMM.
+const FEW_TOKENS: usize = 4;
+/// Elements of a decoded tile: large enough to amortize GEMM's packing of `x`.
+const TILE_ELEMENTS: usize = 1 << 19;
+
+/// Computes `y[tokens, out] = x[tokens, in] · Wᵀ + bias`.
+///
+/// # Panics
+/// When a buffer's length does not fit the shape of `weight`.
+pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [f32]) {
+    let (out, inp) = weight.shape();
+    let tokens = x.len() / inp;
+    assert_eq!(x.len(), tokens * inp, "inputs are not whole tokens");
+    assert_eq!(y.len(), tokens * out, "output has another shape");
+    let tile = if tokens <= FEW_TOKENS { 32 } else { (TILE_ELEMENTS / inp).clamp(16, 256) };
+    let dst = DisjointMut(y.as_mut_ptr());
+    (0..out.div_ceil(tile)).into_par_iter().for_each(|t| {
+        let dst = dst;
+        let rows = t * tile..((t + 1) * tile).min(out);
+        with_scratch(rows.len() * inp, |w| {
+            weight.read_rows(rows.clone(), w);
+            if tokens > FEW_TOKENS {
+                let (lhs, rhs) =
+                    (View::rows(x, tokens, inp, inp), View::rows(w, rows.len(), inp, inp).t());
+                // SAFETY: columns `rows` of every token of `y` belong to this task alone.
+                unsafe { matmul_into(dst.0.add(rows.start), out, false, 1.0, lhs, rhs) };
+            } else {
+                for (token, x) in x.chunks_exact(inp).enumerate() {
+                    for (row, w) in rows.clone().zip(w.chunks_exact(inp)) {
+                        // SAFETY: element (token, row) belongs to this task alone.
+                        unsafe { *dst.0.add(token * out + row) = dot(x, w) };
+                    }
+                }
+            }
+            if let Some(bias) = bias {
+                for token in 0..tokens {
+                    for row in rows.clone() {
+                        // SAFETY: as above.
+                        unsafe { *dst.0.add(token * out + row) += bias[row] };
+                    }
+                }
+            }
+        });
+    });
+}
+
+/// Dot product in 32 partial sums, so that it vectorizes and its order is fixed.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    const LANES: usize = 32;
+    let mut sums = [0f32; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for i in 0..LANES {
+            sums[i] = a[i].mul_add(b[i], sums[i]);
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+        width /= 2;
+    }
+    sums[0] + tail
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anybit_core::rng::SplitMix64;
+    use anybit_core::rounding::nearest;
+    use anybit_core::{GridSpec, Matrix, QuantizedMatrix, ScaleFit};
+    use proptest::prelude::*;
+
+    /// The scalar twin.
+    fn naive(x: &[f32], w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
+        x.chunks(w.cols)
+            .flat_map(|x| {
+                (0..w.rows).map(move |r| {
+                    let sum: f64 =
+                        x.iter().zip(w.row(r)).map(|(a, b)| *a as f64 * *b as f64).sum();
+                    sum as f32 + bias.map_or(0.0, |b| b[r])
+                })
+            })
+            .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn equals_the_scalar_twin(tokens in 0usize..40, inp in 1usize..90, out in 1usize..140,
+                                  biased in any::<bool>(), bits in 2u8..=8, seed in any::<u64>()) {
+            let mut rng = SplitMix64::new(seed);
+            let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
+            let w = Matrix::from_vec(out, inp, normals(out * inp)).unwrap();
+            let x = normals(tokens * inp);
+            let bias = biased.then(|| normals(out));
+            let mut y = vec![f32::NAN; tokens * out];
+            linear(&x, &w, bias.as_deref(), &mut y);
+            for (a, b) in y.iter().zip(naive(&x, &w, bias.as_deref())) {
+                prop_assert!((a - b).abs() < 1e-4 * (1.0 + b.abs()), "{a} {b}");
+            }
+            // The packed kernel is the dense kernel on the decoded weights, bit for bit.
+            let plane = nearest(&w, GridSpec::affine(bits, true, None), ScaleFit::MinMax).unwrap();
+            let q = QuantizedMatrix::single(plane);
+            let mut packed = vec![0.0; tokens * out];
+            linear(&x, &q, bias.as_deref(), &mut packed);
+            linear(&x, &q.dequantize(), bias.as_deref(), &mut y);
+            prop_assert_eq!(packed, y);
+        }
+    }
+
+    #[test]
+    fn same_bits_on_any_number_of_threads() {
+        let mut rng = SplitMix64::new(8);
+        let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
+        let w = Matrix::from_vec(700, 576, normals(700 * 576)).unwrap();
+        for tokens in [1, 3, 65] {
+            let x = normals(tokens * 576);
+            let run = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut y = vec![0.0; tokens * 700];
+                pool.install(|| linear(&x, &w, None, &mut y));
+                y
+            };
+            assert_eq!(run(1), run(3));
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Rotary position embedding on half-split pairs: channel `i` turns with channel `i + d/2`.
+
+/// Cosines and sines for every position and pair.
+#[derive(Debug, Clone, Default)]
+pub struct RopeTable {
+    frequencies: Vec<f64>,
+    /// `[positions, pairs]` of (cos, sin).
+    turns: Vec<(f32, f32)>,
+}
+
+impl RopeTable {
+    /// A table for `frequencies` (radians per position, one per pair) and `positions` positions.
+    pub fn new(frequencies: Vec<f64>, positions: usize) -> Self {
+        let mut table = Self { frequencies, turns: Vec::new() };
+        table.grow(positions);
+        table
+    }
+
+    /// Extends the table to at least `positions`.
+    pub fn grow(&mut self, positions: usize) {
+        let pairs = self.frequencies.len();
+        for position in self.turns.len() / pairs.max(1)..positions {
+            self.turns.extend(self.frequencies.iter().map(|f| {
+                let (sin, cos) = (position as f64 * f).sin_cos();
+                (cos as f32, sin as f32)
+            }));
+        }
+    }
+
+    /// Turns every head of one token in place; `x` is `[heads, 2·pairs]`.
+    pub fn rotate(&self, x: &mut [f32], position: usize) {
+        let pairs = self.frequencies.len();
+        let turns = &self.turns[position * pairs..(position + 1) * pairs];
+        for head in x.chunks_exact_mut(2 * pairs) {
+            let (a, b) = head.split_at_mut(pairs);
+            for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(turns) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dot_products_depend_on_the_distance_alone() {
+        let table = RopeTable::new(vec![1.0, 0.1, 0.01], 50);
+        let dot = |p: usize, q: usize| -> f32 {
+            let mut a = [0.3, -1.0, 2.0, 0.5, 0.25, -0.75];
+            let mut b = [1.0, 0.5, -0.3, 0.9, 2.0, 0.1];
+            table.rotate(&mut a, p);
+            table.rotate(&mut b, q);
+            a.iter().zip(&b).map(|(x, y)| x * y).sum()
+        };
+        approx::assert_abs_diff_eq!(dot(3, 7), dot(43, 47), epsilon = 1e-5);
+        assert!((dot(3, 7) - dot(3, 9)).abs() > 1e-3);
+    }
+}

@@ -1,0 +1,237 @@
+//! The journal of a run in progress, in `OUT.partial`: finished blocks and the inputs of the next,
+//! so that an interrupted run ends in the same bytes as an undisturbed one.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `journal.json` | identity of the run, number of finished blocks, their records |
+//! | `block-NNN.safetensors` | packed matrices of a finished block |
+//! | `inputs-NNN.bin` | streams that enter block NNN |
+//!
+//! A block's files are complete before the journal counts it: the rename of `journal.json` is the
+//! moment at which the block is done.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anybit_core::QuantizedMatrix;
+use anybit_io::native::{QuantizedRecord, part_bytes};
+use anybit_io::safetensors_file::{layout, open_file};
+use anybit_io::{Checkpoint, IoError, atomic};
+use serde::{Deserialize, Serialize};
+
+use crate::driver::BlockReport;
+use crate::stages::Rounded;
+use crate::streams::Stream;
+use crate::{PtqError, Recipe, Result};
+
+/// What makes two runs the same run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The resolved recipe.
+    pub recipe: Recipe,
+    /// Hash of the source's headers and of samples of its tensors.
+    pub source: String,
+    /// Hash of the token sequences.
+    pub tokens: String,
+}
+
+impl Identity {
+    /// Identifies a run.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read.
+    pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, tokens: &[&[Vec<u32>]]) -> Result<Self> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("{:?}", checkpoint.config).as_bytes());
+        for (name, shape) in checkpoint.config.tensors() {
+            let tensor = checkpoint.tensor(&name)?;
+            hasher.update(format!("{name} {shape:?} {:?}", tensor.dtype).as_bytes());
+            let bytes = tensor.bytes();
+            hasher.update(&bytes[..bytes.len().min(1 << 16)]);
+            tensor.release();
+        }
+        let source = hasher.finalize().to_hex().to_string();
+        let mut hasher = blake3::Hasher::new();
+        for sequence in tokens.iter().copied().flatten() {
+            hasher.update(bytemuck::cast_slice(sequence));
+            hasher.update(b"|");
+        }
+        let tokens = hasher.finalize().to_hex().to_string();
+        Ok(Self { recipe: recipe.clone(), source, tokens })
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct State {
+    identity: Identity,
+    finished: usize,
+    records: BTreeMap<String, QuantizedRecord>,
+    blocks: Vec<BlockReport>,
+}
+
+/// The journal of one run.
+pub struct Journal {
+    folder: PathBuf,
+    state: State,
+}
+
+impl Journal {
+    /// Starts a journal, or with `resume` continues the one that is there.
+    ///
+    /// # Errors
+    /// [`PtqError::Resume`] when the run that is there was another one.
+    pub fn open(folder: &Path, identity: Identity, resume: bool) -> Result<Self> {
+        let path = folder.join("journal.json");
+        let fresh = State { identity, finished: 0, records: BTreeMap::new(), blocks: Vec::new() };
+        if !(resume && path.exists()) {
+            return Ok(Self { folder: folder.to_owned(), state: fresh });
+        }
+        let text = fs::read_to_string(&path).map_err(|e| IoError::file("read", &path, e))?;
+        let state: State =
+            serde_json::from_str(&text).map_err(|e| IoError::damaged(&path, e.to_string()))?;
+        let (then, now) = (&state.identity, &fresh.identity);
+        let differs = match () {
+            () if then.recipe != now.recipe => Some("recipe"),
+            () if then.source != now.source => Some("model"),
+            () if then.tokens != now.tokens => Some("text"),
+            () => None,
+        };
+        match differs {
+            Some(what) => Err(PtqError::Resume { path, what }),
+            None => Ok(Self { folder: folder.to_owned(), state }),
+        }
+    }
+
+    /// Blocks that are done.
+    pub fn finished(&self) -> usize {
+        self.state.finished
+    }
+
+    /// What was said of them.
+    pub fn blocks(&self) -> &[BlockReport] {
+        &self.state.blocks
+    }
+
+    /// Records of all packed matrices so far.
+    pub fn records(&self) -> &BTreeMap<String, QuantizedRecord> {
+        &self.state.records
+    }
+
+    fn inputs_path(&self, block: usize) -> PathBuf {
+        self.folder.join(format!("inputs-{block:03}.bin"))
+    }
+
+    fn matrices_path(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("{name}.safetensors"))
+    }
+
+    /// Reads the streams that enter the first unfinished block.
+    ///
+    /// # Errors
+    /// The file is missing or short.
+    pub fn read_inputs(&self, streams: &mut [&mut Stream]) -> Result<()> {
+        let path = self.inputs_path(self.state.finished);
+        let mut file = fs::File::open(&path).map_err(|e| IoError::file("read", &path, e))?;
+        streams.iter_mut().try_for_each(|s| s.read(&mut file, &path))
+    }
+
+    /// Writes packed matrices under `name` and takes up their records.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub fn write_matrices(&mut self, name: &str, method: &str, rounded: &[Rounded]) -> Result<()> {
+        let mut planned = Vec::new();
+        let mut bytes: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+        for r in rounded {
+            let (record, parts) = describe(r, method);
+            for (part, data) in record.parts(&r.tensor).into_iter().zip(parts) {
+                bytes.insert(part.name.clone(), data);
+                planned.push(part);
+            }
+            self.state.records.insert(r.tensor.clone(), record);
+        }
+        for mut file in layout(planned) {
+            file.file_name = format!("{name}.safetensors");
+            file.write(&self.folder, |part, out| {
+                let data = bytes.get(&part.name).map(Vec::as_slice).unwrap_or_default();
+                out.write_all(data).map_err(|e| IoError::file("write", &self.folder, e))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Counts a block as done: its inputs are forgotten, those of the next are kept.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub fn finish_block(&mut self, report: BlockReport, streams: &[&Stream]) -> Result<()> {
+        let next = self.state.finished + 1;
+        let inputs = self.inputs_path(next);
+        // Not flushed to the disk: after a crash of the machine the journal's length check finds
+        // it, after a kill it is complete.
+        let file = fs::File::create(&inputs).map_err(|e| IoError::file("create", &inputs, e))?;
+        let mut out = std::io::BufWriter::with_capacity(1 << 20, file);
+        streams.iter().try_for_each(|s| s.write(&mut out, &inputs))?;
+        out.flush().map_err(|e| IoError::file("write", &inputs, e))?;
+        self.state.finished = next;
+        self.state.blocks.push(report);
+        self.save()?;
+        let _ = fs::remove_file(self.inputs_path(next - 1));
+        Ok(())
+    }
+
+    /// Writes the journal.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub fn save(&self) -> Result<()> {
+        let text = serde_json::to_vec(&self.state)
+            .map_err(|e| IoError::damaged(&self.folder, e.to_string()))?;
+        Ok(atomic::write_bytes(&self.folder.join("journal.json"), &text)?)
+    }
+
+    /// The stored parts written under `name`, by tensor name.
+    ///
+    /// # Errors
+    /// A damaged file.
+    pub fn parts(
+        &self,
+        name: &str,
+    ) -> Result<BTreeMap<String, anybit_io::safetensors_file::RawTensor>> {
+        Ok(open_file(&self.matrices_path(name))?)
+    }
+
+    /// Removes everything that belongs to the journal.
+    pub fn remove(self) {
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        for path in entries.map(|e| e.path()) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let ours = name == "journal.json"
+                || name.starts_with("block-")
+                || name.starts_with("inputs-")
+                || name == "embedding.safetensors"
+                || name == "head.safetensors";
+            if ours {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+}
+
+/// Name under which a block's matrices are written.
+pub fn block_name(index: usize) -> String {
+    format!("block-{index:03}")
+}
+
+fn describe(r: &Rounded, method: &str) -> (QuantizedRecord, Vec<Vec<u8>>) {
+    let matrix: &QuantizedMatrix = &r.matrix;
+    let parts = part_bytes(matrix);
+    let mut record = QuantizedRecord::describe(matrix, method);
+    record.relative_error = r.relative_error;
+    record.output_error = r.output_error;
+    record.decoded_norm = r.decoded_norm;
+    record.blake3 = QuantizedRecord::hash(parts.iter().map(Vec::as_slice));
+    (record, parts)
+}

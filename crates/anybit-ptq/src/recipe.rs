@@ -1,0 +1,308 @@
+//! [`Recipe`]: the declarative whole of a quantization. A command-line flag is the same thing as a
+//! key here, and the resolved recipe is stored in the output.
+//!
+//! ```toml
+//! method = "gptq"
+//! bits = 4
+//! group_size = 128
+//!
+//! [calibration]
+//! data = ["my-text.txt"]
+//! tokens = 65536
+//!
+//! [layers."*.down_proj"]
+//! bits = 6
+//! ```
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anybit_core::{GridSpec, ScaleFit};
+use anybit_io::nearest_name;
+use serde::{Deserialize, Serialize};
+
+use crate::{PtqError, Result, methods};
+
+/// What is wanted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Recipe {
+    /// Name of the method: one of [`methods::names`].
+    pub method: String,
+    /// Bits of a weight's code, 1 to 8.
+    pub bits: u8,
+    /// Columns that share a scale, a multiple of 8; −1 for the whole row.
+    pub group_size: i64,
+    /// Symmetric grids; asymmetric ones store a zero point per group.
+    pub symmetric: bool,
+    /// How a group's scale is fitted.
+    pub scale: ScaleFit,
+    /// GPTQ: round columns in order of falling activation energy.
+    pub act_order: bool,
+    /// GPTQ: damping as a fraction of the mean diagonal of the Gram matrix.
+    pub damp: f64,
+    /// Bits of the embedding; none leaves it as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embed_bits: Option<u8>,
+    /// Bits of an untied head; none leaves it as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_bits: Option<u8>,
+    /// Linears to leave unquantized, by pattern (`*` matches anything).
+    pub skip: Vec<String>,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// What is observed.
+    pub calibration: CalibrationRecipe,
+    /// Settings of some linears, by pattern; later patterns (in alphabetical order) win.
+    pub layers: BTreeMap<String, LayerOverride>,
+}
+
+/// What is observed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CalibrationRecipe {
+    /// Text files, or names of texts: see [`crate::CalibrationText::load`].
+    pub data: Vec<String>,
+    /// Tokens, rounded up to whole sequences.
+    pub tokens: usize,
+    /// Tokens of a sequence.
+    pub seqlen: usize,
+}
+
+/// Settings of some linears; what is absent comes from the recipe.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LayerOverride {
+    /// Bits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits: Option<u8>,
+    /// Group size; −1 for the whole row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<i64>,
+    /// Symmetric grid.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub symmetric: Option<bool>,
+}
+
+/// The settings of one linear.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LinearSettings {
+    /// Its grid.
+    pub grid: GridSpec,
+    /// How scales are fitted.
+    pub scale: ScaleFit,
+    /// GPTQ's column order.
+    pub act_order: bool,
+    /// GPTQ's damping.
+    pub damp: f64,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        Self {
+            method: "gptq".into(),
+            bits: 4,
+            group_size: 128,
+            symmetric: true,
+            scale: ScaleFit::MinMax,
+            act_order: false,
+            damp: 0.01,
+            embed_bits: None,
+            head_bits: None,
+            skip: Vec::new(),
+            seed: 0,
+            calibration: CalibrationRecipe::default(),
+            layers: BTreeMap::new(),
+        }
+    }
+}
+
+impl Default for CalibrationRecipe {
+    fn default() -> Self {
+        Self { data: vec!["builtin".into()], tokens: 128 * 512, seqlen: 512 }
+    }
+}
+
+impl Recipe {
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    /// Broken TOML, an unknown key (with its line and the nearest name), a value out of range.
+    pub fn read(path: &Path) -> Result<Self> {
+        let fail = |what: String| PtqError::RecipeFile { path: path.to_owned(), what };
+        let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
+        let recipe: Self = toml::from_str(&text).map_err(|e| fail(with_nearest(&e.to_string())))?;
+        recipe.validate()?;
+        Ok(recipe)
+    }
+
+    /// Checks everything that does not depend on a model.
+    ///
+    /// # Errors
+    /// The first value that is out of range, with what it may be.
+    pub fn validate(&self) -> Result<()> {
+        let fail = |what: String| Err(PtqError::Recipe(what));
+        if methods::find(&self.method).is_none() {
+            let names = methods::names();
+            let near = nearest_name(&self.method, names.iter().copied());
+            let list = names.join(", ");
+            return fail(format!("unknown method {:?}{near} (there are: {list})", self.method));
+        }
+        let all_bits = [Some(self.bits), self.embed_bits, self.head_bits];
+        let overrides = self.layers.values().map(|l| l.bits);
+        for bits in all_bits.into_iter().chain(overrides).flatten() {
+            if !(1..=8).contains(&bits) {
+                return fail(format!("{bits} bits: weights take 1 to 8 bits"));
+            }
+        }
+        let groups = self.layers.values().filter_map(|l| l.group_size);
+        for g in std::iter::once(self.group_size).chain(groups) {
+            if g != -1 && (g < 8 || g % 8 != 0) {
+                return fail(format!(
+                    "group size {g}: use a multiple of 8, or -1 for one group per row"
+                ));
+            }
+        }
+        if !(self.damp > 0.0 && self.damp.is_finite()) {
+            return fail(format!("damp is {}: it must be above 0", self.damp));
+        }
+        let c = &self.calibration;
+        if c.seqlen < 2 || c.tokens == 0 || c.data.is_empty() {
+            return fail("calibration needs data, tokens above 0 and seqlen of at least 2".into());
+        }
+        Ok(())
+    }
+
+    /// Settings of the linear `name` (without `.weight`), or `None` when it is skipped.
+    pub fn settings(&self, name: &str) -> Option<LinearSettings> {
+        if self.skip.iter().any(|p| matches(p, name)) {
+            return None;
+        }
+        let (mut bits, mut group, mut symmetric) = (self.bits, self.group_size, self.symmetric);
+        for (_, o) in self.layers.iter().filter(|(p, _)| matches(p, name)) {
+            bits = o.bits.unwrap_or(bits);
+            group = o.group_size.unwrap_or(group);
+            symmetric = o.symmetric.unwrap_or(symmetric);
+        }
+        Some(self.with_grid(bits, group, symmetric))
+    }
+
+    /// Settings of embedding or head at `bits`.
+    pub fn settings_at(&self, bits: u8) -> LinearSettings {
+        self.with_grid(bits, self.group_size, self.symmetric)
+    }
+
+    fn with_grid(&self, bits: u8, group: i64, symmetric: bool) -> LinearSettings {
+        let group = usize::try_from(group).ok();
+        LinearSettings {
+            grid: GridSpec::affine(bits, symmetric, group),
+            scale: self.scale,
+            act_order: self.act_order,
+            damp: self.damp,
+        }
+    }
+
+    /// Parses `PATTERN=bits:3,group_size:64,symmetric:false` of `--layer`.
+    ///
+    /// # Errors
+    /// Anything else, with what is expected.
+    pub fn add_layer(&mut self, text: &str) -> Result<()> {
+        let fail = |what: String| {
+            let form = "expected PATTERN=bits:N[,group_size:N][,symmetric:true|false]";
+            Err(PtqError::Recipe(format!("--layer {text}: {what}; {form}")))
+        };
+        let Some((pattern, settings)) = text.split_once('=') else { return fail("no =".into()) };
+        let entry = self.layers.entry(pattern.to_string()).or_default();
+        for setting in settings.split(',') {
+            let (key, value) = setting.split_once(':').unwrap_or((setting, ""));
+            let parsed = match key.trim() {
+                "bits" => value.trim().parse().map(|v| entry.bits = Some(v)).is_ok(),
+                "group_size" => value.trim().parse().map(|v| entry.group_size = Some(v)).is_ok(),
+                "symmetric" => value.trim().parse().map(|v| entry.symmetric = Some(v)).is_ok(),
+                other => {
+                    let keys = ["bits", "group_size", "symmetric"];
+                    return fail(format!("unknown key {other:?}{}", nearest_name(other, keys.into_iter())));
+                }
+            };
+            if !parsed {
+                return fail(format!("{value:?} is no value of {key}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether `pattern`, in which `*` stands for any run of characters, matches all of `name`.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = name.strip_prefix(first) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+/// Adds the nearest of the expected names to serde's "unknown field" message.
+fn with_nearest(message: &str) -> String {
+    let quoted = |s: &str| -> Vec<String> {
+        s.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+    };
+    let Some(at) = message.find("unknown field") else { return message.to_string() };
+    let names = quoted(&message[at..]);
+    match names.split_first() {
+        Some((unknown, known)) => {
+            let near = nearest_name(unknown, known.iter().map(String::as_str));
+            format!("{}{near}", message.trim_end())
+        }
+        None => message.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns() {
+        assert!(matches("*", "anything"));
+        assert!(matches("*.down_proj", "model.layers.3.mlp.down_proj"));
+        assert!(matches("model.layers.0.*", "model.layers.0.mlp.up_proj"));
+        assert!(matches("*.layers.1.*.q_proj", "model.layers.1.self_attn.q_proj"));
+        assert!(!matches("*.down_proj", "model.layers.3.mlp.down_proj.x"));
+        assert!(!matches("lm_head", "model.lm_head") && matches("lm_head", "lm_head"));
+    }
+
+    #[test]
+    fn unknown_keys_name_their_line_and_the_nearest() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r.toml");
+        std::fs::write(&path, "method = \"gptq\"\ngroup_sise = 64\n").unwrap();
+        let text = Recipe::read(&path).unwrap_err().to_string();
+        assert!(text.contains("line 2") && text.contains("did you mean group_size?"), "{text}");
+        std::fs::write(&path, "method = \"gptk\"\n").unwrap();
+        let text = Recipe::read(&path).unwrap_err().to_string();
+        assert!(text.contains("did you mean gptq?"), "{text}");
+    }
+
+    #[test]
+    fn overrides_and_round_trip() {
+        let mut recipe = Recipe { skip: vec!["*.o_proj".into()], ..Default::default() };
+        recipe.add_layer("*.v_proj=bits:6,group_size:-1").unwrap();
+        let v = recipe.settings("model.layers.0.self_attn.v_proj").unwrap();
+        assert_eq!(v.grid, GridSpec::affine(6, true, None));
+        assert!(recipe.settings("model.layers.0.self_attn.o_proj").is_none());
+        let text = toml::to_string(&recipe).unwrap();
+        assert_eq!(toml::from_str::<Recipe>(&text).unwrap(), recipe);
+        for bad in ["x", "a=bits:x", "a=bit:3"] {
+            assert!(recipe.add_layer(bad).is_err(), "{bad}");
+        }
+        recipe.group_size = 100;
+        assert!(recipe.validate().is_err());
+    }
+}

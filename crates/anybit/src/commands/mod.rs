@@ -1,0 +1,80 @@
+//! The command line: one file per command.
+
+mod completions;
+mod convert;
+mod doctor;
+mod eval;
+mod generate;
+mod inspect;
+mod output;
+mod quantize;
+mod synth;
+mod verify;
+
+use anybit::Result;
+use clap::{Parser, Subcommand};
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 success; 1 any other failure; 2 wrong usage; 3 input that cannot be used (model, \
+recipe, text); 4 output that cannot be written; 5 verification failed.";
+
+/// Any model, any bits: quantize language models, keep them good, small and fast.
+#[derive(Parser)]
+#[command(name = "anybit", version, after_help = EXIT_CODES, propagate_version = true)]
+pub struct Cli {
+    /// Threads to use; all cores by default. Results do not depend on it.
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+
+    /// Print results only: no progress bars, no remarks.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Quantize(Box<quantize::Args>),
+    Eval(eval::Args),
+    Generate(generate::Args),
+    Convert(convert::Args),
+    Inspect(inspect::Args),
+    Verify(verify::Args),
+    Doctor(doctor::Args),
+    Synth(synth::Args),
+    Completions(completions::Args),
+}
+
+/// Runs a parsed command line.
+pub fn run(cli: Cli) -> Result<()> {
+    if let Some(threads) = cli.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1));
+        // The pool was not used yet, so this cannot fail.
+        let _ = pool.build_global();
+    }
+    let terminal = output::Terminal::new(cli.quiet);
+    match cli.command {
+        Command::Quantize(args) => quantize::run(*args, &terminal),
+        Command::Eval(args) => eval::run(args, &terminal),
+        Command::Generate(args) => generate::run(args, &terminal),
+        Command::Convert(args) => convert::run(args, &terminal),
+        Command::Inspect(args) => inspect::run(args, &terminal),
+        Command::Verify(args) => verify::run(args, &terminal),
+        Command::Doctor(args) => doctor::run(args, &terminal),
+        Command::Synth(args) => synth::run(args, &terminal),
+        Command::Completions(args) => completions::run(args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

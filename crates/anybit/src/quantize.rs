@@ -1,0 +1,226 @@
+//! `anybit quantize`: a plan, the run, and a report of what it did to the model.
+
+use std::path::{Path, PathBuf};
+
+use anybit_eval::report::{BlockRow, CitationRow, MatrixRow, Quality, Report};
+use anybit_eval::{BUILTIN_TEXT, Convention, HiddenStates, compare_hidden, read_text};
+use anybit_io::atomic::write_bytes;
+use anybit_io::native::Manifest;
+use anybit_io::{Checkpoint, Weight};
+use anybit_ptq::methods::{self, Method};
+use anybit_ptq::{Calibration, Event, Plan, Quantized, QuantizeOptions, Recipe};
+
+use crate::Result;
+
+/// Tokens of a window of the report's evaluation.
+const REPORT_CTX: usize = 512;
+
+/// Where to write, and what to measure on the way.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The folder to write.
+    pub out: PathBuf,
+    /// Replace an existing output.
+    pub force: bool,
+    /// Continue an interrupted run.
+    pub resume: bool,
+    /// Text for the report's before-and-after figures; the built-in one by default. Never the one
+    /// that is calibrated on.
+    pub report_text: Option<PathBuf>,
+    /// Tokens of it; 0 for a report without these figures.
+    pub report_tokens: usize,
+}
+
+impl Options {
+    /// The defaults for an output folder.
+    pub fn new(out: impl Into<PathBuf>) -> Self {
+        Self {
+            out: out.into(),
+            force: false,
+            resume: false,
+            report_text: None,
+            report_tokens: 4096,
+        }
+    }
+}
+
+/// What came out, for printing.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// The report that was written.
+    pub report: Report,
+    /// Seconds per block.
+    pub block_seconds: Vec<f64>,
+}
+
+/// Quantizes `checkpoint` and writes the packed folder with its report.
+///
+/// # Errors
+/// A recipe or plan that cannot be carried out, a text that cannot be used, and everything that
+/// reading and writing can meet.
+pub fn run(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    options: &Options,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Outcome> {
+    anybit_io::atomic::check_absent(&options.out, options.force)?;
+    let plan = Plan::new(checkpoint, recipe, Some(&options.out))?;
+    let needs_data = methods::find(&recipe.method).is_some_and(|m| m.needs_gram());
+    let calibration = match needs_data {
+        true => {
+            let tokenizer = checkpoint.tokenizer()?;
+            Calibration::sample(&recipe.calibration, recipe.seed, &tokenizer)?
+        }
+        false => Calibration::none(),
+    };
+    let (text_name, monitor) = monitor_windows(checkpoint, options)?;
+    let run_options = QuantizeOptions {
+        out: options.out.clone(),
+        force: options.force,
+        resume: options.resume,
+        monitor,
+    };
+    let done =
+        anybit_ptq::quantize(checkpoint, recipe, &plan, &calibration, &run_options, observe)?;
+    let manifest = Manifest::read(done.folder.path())?;
+    let quality = quality(checkpoint, &manifest, &done, &run_options.monitor, text_name)?;
+    let report = report(checkpoint, recipe, &manifest, &done, quality);
+    write_report(done.folder.path(), &report)?;
+    let block_seconds = done.blocks.iter().map(|b| b.seconds).collect();
+    done.folder.finish()?;
+    Ok(Outcome { report, block_seconds })
+}
+
+/// Windows of the report's text. A model without a tokenizer gets none.
+fn monitor_windows(
+    checkpoint: &Checkpoint,
+    options: &Options,
+) -> Result<(String, Vec<Vec<u32>>)> {
+    let (name, text) = match &options.report_text {
+        Some(path) => {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            (name, read_text(path)?)
+        }
+        None => ("built-in (public domain)".to_string(), BUILTIN_TEXT.to_string()),
+    };
+    if options.report_tokens == 0 {
+        return Ok((name, Vec::new()));
+    }
+    let tokens = checkpoint.tokenizer()?.encode(&text, true)?;
+    let limit = Some(options.report_tokens.max(REPORT_CTX));
+    let windows = Convention::Hf.windows(&tokens, REPORT_CTX, limit, None)?;
+    Ok((name, windows))
+}
+
+/// The head of the quantized model, from the folder that was just written.
+fn packed_head(checkpoint: &Checkpoint, manifest: &Manifest, folder: &Path) -> Result<Weight> {
+    let name = head_name(checkpoint);
+    if !manifest.quantized.contains_key(name) {
+        return Ok(checkpoint.weight(name)?);
+    }
+    Ok(Checkpoint::open(folder)?.weight(name)?)
+}
+
+fn head_name(checkpoint: &Checkpoint) -> &'static str {
+    match checkpoint.config.tie_embeddings {
+        true => anybit_ptq::plan::EMBEDDING,
+        false => anybit_ptq::plan::HEAD,
+    }
+}
+
+fn quality(
+    checkpoint: &Checkpoint,
+    manifest: &Manifest,
+    done: &Quantized,
+    windows: &[Vec<u32>],
+    text: String,
+) -> Result<Option<Quality>> {
+    let Some((original, quantized)) = &done.monitored else { return Ok(None) };
+    let head = checkpoint.weight(head_name(checkpoint))?;
+    let packed = packed_head(checkpoint, manifest, done.folder.path())?;
+    let reference = HiddenStates { states: original, head: &head };
+    let model = HiddenStates { states: quantized, head: &packed };
+    let (before, after) = compare_hidden(&reference, &model, windows, Convention::Hf)?;
+    Ok(Some(Quality {
+        text,
+        convention: after.convention.to_string(),
+        ctx: after.ctx,
+        tokens: after.tokens,
+        original_perplexity: before.perplexity,
+        quantized_perplexity: after.perplexity,
+        kl_mean: after.kl_mean.unwrap_or_default(),
+        kl_ci95: after.kl_ci95,
+        kl_median: after.kl_median.unwrap_or_default(),
+        kl_p99: after.kl_p99.unwrap_or_default(),
+        top1_agreement: after.top1_agreement.unwrap_or_default(),
+    }))
+}
+
+fn report(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    manifest: &Manifest,
+    done: &Quantized,
+    quality: Option<Quality>,
+) -> Report {
+    let method = methods::find(&recipe.method);
+    let (codes, total) = manifest.bits_per_weight();
+    let matrices = manifest.quantized.iter().map(|(tensor, r)| {
+        let weights = (r.rows * r.cols) as f64;
+        MatrixRow {
+            tensor: tensor.clone(),
+            rows: r.rows,
+            cols: r.cols,
+            bits: r.code_bits as f64 / weights,
+            total_bits: r.bytes as f64 * 8.0 / weights,
+            bytes: r.bytes,
+            relative_error: r.relative_error,
+            output_error: r.output_error,
+        }
+    });
+    let blocks =
+        done.blocks.iter().map(|b| BlockRow { block: b.block, hidden_error: b.hidden_error });
+    Report {
+        base_model: manifest.base_model.clone(),
+        method: recipe.method.clone(),
+        method_summary: method.map_or(String::new(), |m| m.summary().to_string()),
+        recipe_toml: toml::to_string(recipe).unwrap_or_default(),
+        command: None,
+        calibration: manifest.calibration.clone(),
+        bits_per_weight_codes: codes,
+        bits_per_weight_total: total,
+        weight_file_bytes: done.weight_bytes,
+        original_file_bytes: checkpoint.weight_file_bytes(),
+        license: license(checkpoint),
+        matrices: matrices.collect(),
+        blocks: blocks.collect(),
+        quality,
+        citations: method.into_iter().filter_map(citation).collect(),
+        anybit_version: manifest.anybit_version.clone(),
+    }
+}
+
+fn citation(method: &dyn Method) -> Option<CitationRow> {
+    let c = method.citation()?;
+    let (reference, link) = (c.reference.to_string(), c.link.to_string());
+    Some(CitationRow { method: method.name().to_string(), reference, link })
+}
+
+/// Licence of the base model, as its own files name it.
+fn license(checkpoint: &Checkpoint) -> Option<String> {
+    if let Some(gguf) = checkpoint.gguf() {
+        return gguf.metadata.get_str("general.license").map(str::to_owned);
+    }
+    let card = std::fs::read_to_string(checkpoint.path.join("README.md")).ok()?;
+    let front = card.strip_prefix("---")?.split("\n---").next()?;
+    let line = front.lines().find_map(|l| l.strip_prefix("license:"))?;
+    Some(line.trim().to_string()).filter(|l| !l.is_empty())
+}
+
+fn write_report(folder: &Path, report: &Report) -> Result<()> {
+    write_bytes(&folder.join("report.json"), report.to_json().as_bytes())?;
+    write_bytes(&folder.join("report.html"), report.to_html()?.as_bytes())?;
+    write_bytes(&folder.join("README.md"), report.to_model_card().as_bytes())?;
+    Ok(())
+}
