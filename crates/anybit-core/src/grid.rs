@@ -57,9 +57,9 @@ impl GridSpec {
     /// Bits of a code.
     pub fn bits(&self) -> u8 {
         match *self {
-            Self::Uniform { bits, .. } | Self::HalfInteger { bits, .. } | Self::Codebook { bits } => {
-                bits
-            }
+            Self::Uniform { bits, .. }
+            | Self::HalfInteger { bits, .. }
+            | Self::Codebook { bits } => bits,
         }
     }
 
@@ -179,8 +179,8 @@ impl GroupGrid {
             }
             _ => 2.0 * magnitude / levels,
         };
-        let scale = round_scale(exact)
-            .ok_or(CoreError::ScaleOverflow { row: 0, group: 0, magnitude })?;
+        let scale =
+            round_scale(exact).ok_or(CoreError::ScaleOverflow { row: 0, group: 0, magnitude })?;
         let zero = match spec {
             GridSpec::Uniform { symmetric: false, .. } if scale > 0.0 => {
                 (-lo / scale).round_ties_even().clamp(0.0, levels)

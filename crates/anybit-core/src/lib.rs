@@ -13,11 +13,15 @@
 //! | `u` | a code, an unsigned integer below `2^bits` |
 //! | `s`, `z` | a group's scale (step) and zero point: the value of `u` is `(u − z)·s` |
 
+pub mod allocate;
 pub mod bitstream;
+pub mod column_scale;
 pub mod error;
 pub mod gram;
 pub mod grid;
+pub mod kmeans;
 pub mod linalg;
+pub mod lnq;
 pub mod matrix;
 pub mod quantized;
 pub mod rng;

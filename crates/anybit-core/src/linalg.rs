@@ -21,7 +21,10 @@ pub struct View<'a> {
 impl<'a> View<'a> {
     /// Row-major rows of `stride` elements, of which the first `cols` count.
     pub fn rows(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        assert!(rows == 0 || cols == 0 || data.len() >= (rows - 1) * stride + cols, "view too long");
+        assert!(
+            rows == 0 || cols == 0 || data.len() >= (rows - 1) * stride + cols,
+            "view too long"
+        );
         Self { data, rows, cols, row_stride: stride, col_stride: 1 }
     }
 
@@ -149,7 +152,8 @@ mod tests {
         }
         let (u, damp) = inverse_cholesky(&gram, 0.0).unwrap();
         assert_eq!(damp, 0.0);
-        let want = [1.86052102, -0.82689823, -0.82689823, 0.0, 1.66666667, -1.33333333, 0.0, 0.0, 1.0];
+        let want =
+            [1.86052102, -0.82689823, -0.82689823, 0.0, 1.66666667, -1.33333333, 0.0, 0.0, 1.0];
         for (got, want) in u.data.iter().zip(want) {
             approx::assert_abs_diff_eq!(*got, want as f32, epsilon = 2e-6);
         }

@@ -259,9 +259,8 @@ impl QuantizedMatrix {
         column_scale: Option<Vec<f16>>,
         row_perm: Option<Vec<u32>>,
     ) -> Result<Self> {
-        let fail = |what, expected: String, found: String| {
-            Err(CoreError::Shape { what, expected, found })
-        };
+        let fail =
+            |what, expected: String, found: String| Err(CoreError::Shape { what, expected, found });
         if column_groups == 0 || planes.is_empty() || planes.len() % column_groups != 0 {
             let found = planes.len().to_string();
             return fail("number of planes", format!("a multiple of {column_groups}"), found);
@@ -276,7 +275,11 @@ impl QuantizedMatrix {
         let sum_rows: usize = planes.iter().step_by(column_groups).map(|p| p.rows).sum();
         let sum_cols: usize = planes[..column_groups].iter().map(|p| p.cols).sum();
         if (sum_rows, sum_cols) != (rows, cols) {
-            return fail("sum of planes", format!("{rows}×{cols}"), format!("{sum_rows}×{sum_cols}"));
+            return fail(
+                "sum of planes",
+                format!("{rows}×{cols}"),
+                format!("{sum_rows}×{sum_cols}"),
+            );
         }
         if let Some(scale) = &column_scale {
             if scale.len() != cols || scale.iter().any(|s| !s.is_finite()) {
@@ -298,11 +301,8 @@ impl QuantizedMatrix {
 
     /// Total bytes of codes, and of everything that is stored.
     pub fn bytes(&self) -> (usize, usize) {
-        let (codes, all) = self
-            .planes
-            .iter()
-            .map(Plane::bytes)
-            .fold((0, 0), |(c, a), (pc, pa)| (c + pc, a + pa));
+        let (codes, all) =
+            self.planes.iter().map(Plane::bytes).fold((0, 0), |(c, a), (pc, pa)| (c + pc, a + pa));
         let scale = self.column_scale.as_ref().map_or(0, |s| s.len() * 2);
         let perm = self.row_perm.as_ref().map_or(0, |p| p.len() * 4);
         (codes, all + scale + perm)

@@ -50,10 +50,7 @@ pub fn score(logits: &[f32], target: usize) -> Position {
 }
 
 /// Compares two rows of logits that were scored for the same target.
-pub fn compare(
-    reference: (&[f32], Position),
-    model: (&[f32], Position),
-) -> Comparison {
+pub fn compare(reference: (&[f32], Position), model: (&[f32], Position)) -> Comparison {
     let ((r, at_r), (m, at_m)) = (reference, model);
     let log_sum = at_r.log_sum as f32;
     let cross = blocked_sum(r, m, |r, m| exp(r - log_sum) * (r - m));

@@ -84,6 +84,8 @@ struct Tally {
     same_top: usize,
     delta_p_squares: f64,
     time: Duration,
+    logits: Vec<f32>,
+    reference_logits: Vec<f32>,
 }
 
 struct WindowMeans {
@@ -110,17 +112,19 @@ pub fn evaluate(
     let mut tallies: Vec<Tally> = models.iter().map(|_| Tally::default()).collect();
     let scored = options.convention.scored(options.ctx);
     for (done, window) in windows.iter().enumerate() {
-        let mut reference_hidden = None;
-        if let Some(session) = &mut reference_session {
-            session.clear();
-            reference_hidden = Some(session.hidden(window)?.to_vec());
-        }
+        let reference_hidden = match &mut reference_session {
+            Some(session) => {
+                session.clear();
+                Some(session.hidden(window)?)
+            }
+            None => None,
+        };
         for ((model, session), tally) in models.iter().zip(&mut sessions).zip(&mut tallies) {
             session.clear();
             let started = Instant::now();
             let hidden = session.hidden(window)?;
             tally.time += started.elapsed();
-            let base = reference.zip(reference_hidden.as_deref());
+            let base = reference.zip(reference_hidden);
             let base = base.map(|(d, states)| HiddenStates { states, head: &*d.head.weight });
             let model = HiddenStates { states: hidden, head: &*model.head.weight };
             score_window(model, base, window, scored.clone(), tally);
@@ -183,18 +187,18 @@ fn score_window(
     tally: &mut Tally,
 ) {
     let vocab = model.head.shape().0;
-    let mut logits = vec![0f32; TILE * vocab];
-    let mut reference_logits = vec![0f32; if reference.is_some() { TILE * vocab } else { 0 }];
+    tally.logits.resize(TILE * vocab, 0.0);
+    tally.reference_logits.resize(if reference.is_some() { TILE * vocab } else { 0 }, 0.0);
     let (mut kl, mut top1, mut delta_p) = (0f64, 0usize, 0f64);
     let count = scored.len();
     for first in scored.clone().step_by(TILE) {
         let tile = first..(first + TILE).min(scored.end);
         let started = Instant::now();
-        let logits = &mut logits[..tile.len() * vocab];
+        let logits = &mut tally.logits[..tile.len() * vocab];
         model.logits(tile.clone(), logits);
         tally.time += started.elapsed();
         let base = reference.map(|reference| {
-            let out = &mut reference_logits[..tile.len() * vocab];
+            let out = &mut tally.reference_logits[..tile.len() * vocab];
             reference.logits(tile.clone(), out);
             &*out
         });
@@ -245,9 +249,8 @@ fn summarize(mut tally: Tally, windows: usize, options: EvalOptions) -> Result<M
     let (nll, nll_error) = mean_and_error(&tally.nll);
     let compared = !tally.kl.is_empty();
     let n = tally.nll.len() as f64;
-    let window_means = |f: fn(&WindowMeans) -> f64| -> Vec<f64> {
-        tally.windows.iter().map(f).collect()
-    };
+    let window_means =
+        |f: fn(&WindowMeans) -> f64| -> Vec<f64> { tally.windows.iter().map(f).collect() };
     let (kls, tops, deltas) =
         (window_means(|w| w.kl), window_means(|w| w.top1), window_means(|w| w.delta_p));
     let mean = |values: &[f64]| mean_and_error(values).0;

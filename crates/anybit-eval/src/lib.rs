@@ -14,7 +14,5 @@ pub mod text;
 
 pub use convention::Convention;
 pub use error::{EvalError, Result};
-pub use evaluate::{
-    EvalOptions, HiddenStates, ModelScores, Progress, compare_hidden, evaluate,
-};
+pub use evaluate::{EvalOptions, HiddenStates, ModelScores, Progress, compare_hidden, evaluate};
 pub use text::{BUILTIN_TEXT, read_text};

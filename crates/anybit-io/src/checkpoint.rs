@@ -100,8 +100,8 @@ impl Checkpoint {
             let what = "it holds no config.json".to_string();
             return Err(IoError::NoCheckpoint { path: path.to_owned(), what });
         }
-        let text = fs::read_to_string(&config_path)
-            .map_err(|e| IoError::file("read", &config_path, e))?;
+        let text =
+            fs::read_to_string(&config_path).map_err(|e| IoError::file("read", &config_path, e))?;
         let mut config = ModelConfig::from_json(&text, &config_path)?;
         let value: Value = serde_json::from_str(&text).unwrap_or_default();
         let manifest = match value.get("quantization_config").filter(|q| !q.is_null()) {
@@ -158,7 +158,8 @@ impl Checkpoint {
     fn check_tensors(&self) -> Result<()> {
         for (name, expected) in self.config.tensors() {
             let found = self.stored_shape(&name)?;
-            let flat_bias = name.ends_with(".bias") && found.iter().product::<usize>() == expected[0];
+            let flat_bias =
+                name.ends_with(".bias") && found.iter().product::<usize>() == expected[0];
             if found != expected && !flat_bias {
                 return Err(IoError::Shape { path: self.path.clone(), name, expected, found });
             }

@@ -248,7 +248,8 @@ impl ModelConfig {
         if !eos.is_empty() {
             self.eos_token_ids = eos;
         }
-        self.bos_token_id = self.bos_token_id.or(token_ids(value.get("bos_token_id")).first().copied());
+        self.bos_token_id =
+            self.bos_token_id.or(token_ids(value.get("bos_token_id")).first().copied());
     }
 
     /// Checks that the sizes fit together.
@@ -273,10 +274,15 @@ impl ModelConfig {
         }
         if self.num_heads % self.num_kv_heads != 0 {
             let (h, kv) = (self.num_heads, self.num_kv_heads);
-            return fail(format!("num_attention_heads {h} is no multiple of num_key_value_heads {kv}"));
+            return fail(format!(
+                "num_attention_heads {h} is no multiple of num_key_value_heads {kv}"
+            ));
         }
         if self.head_dim % 2 != 0 {
-            return fail(format!("head_dim {} is odd, rotary embedding needs pairs", self.head_dim));
+            return fail(format!(
+                "head_dim {} is odd, rotary embedding needs pairs",
+                self.head_dim
+            ));
         }
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
             return fail(format!("rope_theta is {}", self.rope_theta));
@@ -318,7 +324,12 @@ impl ModelConfig {
             Some(RopeScaling::Linear { factor }) => {
                 c["rope_scaling"] = json!({"rope_type": "linear", "factor": factor});
             }
-            Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }) => {
+            Some(RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context,
+            }) => {
                 c["rope_scaling"] = json!({
                     "rope_type": "llama3",
                     "factor": factor,
@@ -369,7 +380,8 @@ impl ModelConfig {
 
     /// The seven linears of a block with `[out, in]`, by their names below `model.layers.N.`.
     pub fn block_linears(&self) -> [(&'static str, usize, usize); 7] {
-        let (d, f, q, kv) = (self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size());
+        let (d, f, q, kv) =
+            (self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size());
         [
             ("self_attn.q_proj", q, d),
             ("self_attn.k_proj", kv, d),
@@ -446,9 +458,9 @@ fn architecture_of(raw: &RawConfig, path: &Path) -> Result<Architecture> {
 fn rope_scaling(raw: &Map<String, Value>, path: &Path) -> Result<Option<RopeScaling>> {
     let kind = raw.get("rope_type").or_else(|| raw.get("type")).and_then(Value::as_str);
     let number = |key: &str| {
-        raw.get(key).and_then(Value::as_f64).filter(|v| v.is_finite() && *v > 0.0).ok_or_else(|| {
-            IoError::damaged(path, format!("rope scaling: {key} is missing or not positive"))
-        })
+        raw.get(key).and_then(Value::as_f64).filter(|v| v.is_finite() && *v > 0.0).ok_or_else(
+            || IoError::damaged(path, format!("rope scaling: {key} is missing or not positive")),
+        )
     };
     match kind {
         None | Some("default") => Ok(None),

@@ -9,10 +9,10 @@ use half::{bf16, f16};
 use serde_json::{Value, json};
 
 use crate::atomic::{PartialFolder, check_absent, check_space, write_bytes};
-use crate::off_grid::OffGrid;
-use crate::safetensors_file::{FileDtype, PlannedTensor, index_json, layout};
 use crate::checkpoint::read_json;
 use crate::gguf::Value as Field;
+use crate::off_grid::OffGrid;
+use crate::safetensors_file::{FileDtype, PlannedTensor, index_json, layout};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::gguf::{GgufVocab, to_gguf as to_gguf_vocab};
 use crate::{Checkpoint, Dtype, IoError, Result};
@@ -50,7 +50,8 @@ pub fn to_folder(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
     let (dtype, dtype_name) = file_dtype(options.dtype).ok_or_else(|| {
-        let what = format!("{:?} is not an element type of folders: use f32, f16 or bf16", options.dtype);
+        let what =
+            format!("{:?} is not an element type of folders: use f32, f16 or bf16", options.dtype);
         IoError::unsupported(out, what)
     })?;
     let planned: Vec<PlannedTensor> = source

@@ -98,7 +98,9 @@ pub enum IoError {
         free: u64,
     },
     /// A stored hash differs.
-    #[error("{path}: tensor {name} does not match its recorded hash; the file was changed or damaged")]
+    #[error(
+        "{path}: tensor {name} does not match its recorded hash; the file was changed or damaged"
+    )]
     Hash {
         /// The file.
         path: PathBuf,

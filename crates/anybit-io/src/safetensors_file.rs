@@ -51,9 +51,8 @@ impl RawTensor {
             FileDtype::F16 => Dtype::F16,
             FileDtype::BF16 => Dtype::BF16,
             other => {
-                let what = format!(
-                    "tensor {name} has element type {other:?}; supported: F32, F16, BF16"
-                );
+                let what =
+                    format!("tensor {name} has element type {other:?}; supported: F32, F16, BF16");
                 return Err(IoError::unsupported(&self.path, what));
             }
         };
@@ -216,8 +215,7 @@ impl FileLayout {
         for t in &tensors {
             let end = offset + t.bytes();
             let dtype = t.dtype.to_string();
-            let entry =
-                json!({"dtype": dtype, "shape": t.shape, "data_offsets": [offset, end]});
+            let entry = json!({"dtype": dtype, "shape": t.shape, "data_offsets": [offset, end]});
             header.insert(t.name.clone(), entry);
             offset = end;
         }

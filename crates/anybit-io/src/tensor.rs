@@ -145,8 +145,13 @@ impl StoredTensor {
             return None;
         }
         let bytes = (len / dtype.block_len()).checked_mul(dtype.block_bytes())?;
-        (offset.checked_add(bytes)? <= map.len())
-            .then_some(Self { map, offset, dtype, shape, order })
+        (offset.checked_add(bytes)? <= map.len()).then_some(Self {
+            map,
+            offset,
+            dtype,
+            shape,
+            order,
+        })
     }
 
     /// Number of elements.
@@ -183,11 +188,7 @@ impl StoredTensor {
             // SAFETY: the mapping is read-only and backed by a file: dropped pages are read again
             // from it on the next access.
             let _ = unsafe {
-                self.map.unchecked_advise_range(
-                    memmap2::UncheckedAdvice::DontNeed,
-                    start,
-                    len,
-                )
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len)
             };
         }
     }

@@ -12,6 +12,9 @@ use crate::{DisjointMut, with_scratch};
 
 /// Up to this many tokens, dot products beat packing for GEMM.
 const FEW_TOKENS: usize = 4;
+/// Tokens of a task: with [`TILE_ELEMENTS`] small enough that a 192-row linear still has work for
+/// several threads, large enough to amortize decoding a tile.
+const TOKENS: usize = 256;
 /// Elements of a decoded tile: large enough to amortize GEMM's packing of `x`.
 const TILE_ELEMENTS: usize = 1 << 19;
 
@@ -24,39 +27,53 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
     let tokens = x.len() / inp;
     assert_eq!(x.len(), tokens * inp, "inputs are not whole tokens");
     assert_eq!(y.len(), tokens * out, "output has another shape");
-    let tile = if tokens <= FEW_TOKENS { 32 } else { (TILE_ELEMENTS / inp).clamp(16, 256) };
+    let tile = if tokens <= FEW_TOKENS { 64 } else { tile_rows(out, inp) };
+    let row_tiles = out.div_ceil(tile);
     let dst = DisjointMut(y.as_mut_ptr());
-    (0..out.div_ceil(tile)).into_par_iter().for_each(|t| {
+    (0..row_tiles * tokens.div_ceil(TOKENS)).into_par_iter().for_each(|task| {
         let dst = dst;
+        let (t, first) = (task % row_tiles, task / row_tiles * TOKENS);
         let rows = t * tile..((t + 1) * tile).min(out);
+        let count = TOKENS.min(tokens - first);
+        let x = &x[first * inp..(first + count) * inp];
+        // SAFETY: `rows` of tokens `first..first + count` belong to this task alone.
+        let y = unsafe { dst.0.add(first * out + rows.start) };
         with_scratch(rows.len() * inp, |w| {
-            weight.read_rows(rows.clone(), w);
-            if tokens > FEW_TOKENS {
-                let (lhs, rhs) =
-                    (View::rows(x, tokens, inp, inp), View::rows(w, rows.len(), inp, inp).t());
-                // SAFETY: columns `rows` of every token of `y` belong to this task alone.
-                unsafe { matmul_into(dst.0.add(rows.start), out, false, 1.0, lhs, rhs) };
+            if count > FEW_TOKENS {
+                weight.read_rows(rows.clone(), w);
+                let lhs = View::rows(x, count, inp, inp);
+                let rhs = View::rows(w, rows.len(), inp, inp).t();
+                // SAFETY: as above, and the output has `out` elements per token.
+                unsafe { matmul_into(y, out, false, 1.0, lhs, rhs) };
             } else {
-                for (token, x) in x.chunks_exact(inp).enumerate() {
-                    for (row, w) in rows.clone().zip(w.chunks_exact(inp)) {
-                        // SAFETY: element (token, row) belongs to this task alone.
-                        unsafe { *dst.0.add(token * out + row) = dot(x, w) };
+                for row in rows.clone() {
+                    // One row at a time stays in the first-level cache.
+                    let w = &mut w[..inp];
+                    weight.read_rows(row..row + 1, w);
+                    for (token, x) in x.chunks_exact(inp).enumerate() {
+                        // SAFETY: as above.
+                        unsafe { *y.add(token * out + row - rows.start) = dot(x, w) };
                     }
                 }
             }
-            if let Some(bias) = bias {
-                for token in 0..tokens {
-                    for row in rows.clone() {
-                        // SAFETY: as above.
-                        unsafe { *dst.0.add(token * out + row) += bias[row] };
-                    }
+            for (row, bias) in bias.map(|b| &b[rows.clone()]).into_iter().flatten().enumerate() {
+                for token in 0..count {
+                    // SAFETY: as above.
+                    unsafe { *y.add(token * out + row) += bias };
                 }
             }
         });
     });
 }
 
+/// Rows of a tile: equal tiles, so that no thread waits for a larger one.
+fn tile_rows(out: usize, inp: usize) -> usize {
+    let most = (TILE_ELEMENTS / inp).clamp(16, 256);
+    out.div_ceil(out.div_ceil(most)).next_multiple_of(16)
+}
+
 /// Dot product in 32 partial sums, so that it vectorizes and its order is fixed.
+#[inline]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     const LANES: usize = 32;
     let mut sums = [0f32; LANES];
@@ -90,8 +107,7 @@ mod tests {
         x.chunks(w.cols)
             .flat_map(|x| {
                 (0..w.rows).map(move |r| {
-                    let sum: f64 =
-                        x.iter().zip(w.row(r)).map(|(a, b)| *a as f64 * *b as f64).sum();
+                    let sum: f64 = x.iter().zip(w.row(r)).map(|(a, b)| *a as f64 * *b as f64).sum();
                     sum as f32 + bias.map_or(0.0, |b| b[r])
                 })
             })

@@ -74,15 +74,16 @@ fn named_data(name: &str) -> Option<PathBuf> {
     let starts = |p: &Path, prefix: &str| {
         p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix))
     };
-    ["train", "valid"].into_iter().find_map(|prefix| {
-        files.iter().find(|p| p.is_file() && starts(p, prefix)).cloned()
-    })
+    ["train", "valid"]
+        .into_iter()
+        .find_map(|prefix| files.iter().find(|p| p.is_file() && starts(p, prefix)).cloned())
 }
 
 fn jsonl_text(text: &str) -> std::result::Result<String, String> {
     let mut out = Vec::new();
     for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let value: Value = serde_json::from_str(line).map_err(|e| format!("line {}: {e}", i + 1))?;
+        let value: Value =
+            serde_json::from_str(line).map_err(|e| format!("line {}: {e}", i + 1))?;
         let text = value["text"].as_str();
         out.push(text.ok_or_else(|| format!("line {} has no \"text\"", i + 1))?.to_string());
     }

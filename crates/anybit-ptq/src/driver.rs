@@ -153,8 +153,7 @@ impl Run<'_> {
                 self.checkpoint.tensor(&name)?.release();
             }
             self.journal.write_matrices(&block_name(index), self.method.name(), &rounded)?;
-            let hidden_error =
-                (!original.is_empty()).then(|| followed.relative_error(&original));
+            let hidden_error = (!original.is_empty()).then(|| followed.relative_error(&original));
             let seconds = started.elapsed().as_secs_f64();
             let report = BlockReport { block: index, hidden_error, seconds };
             self.journal.finish_block(report, &[&stream, &original, &followed])?;
@@ -253,4 +252,3 @@ fn round_in_chunks(
         decoded_norm,
     })
 }
-

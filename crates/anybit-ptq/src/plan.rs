@@ -168,7 +168,8 @@ fn check_names(recipe: &Recipe, config: &ModelConfig, problems: &mut Vec<String>
     for pattern in recipe.skip.iter().chain(recipe.layers.keys()) {
         if !linears.iter().any(|l| crate::recipe::matches(pattern, l)) {
             let example = &linears[0];
-            problems.push(format!("pattern {pattern:?} matches no linear (names look like {example})"));
+            problems
+                .push(format!("pattern {pattern:?} matches no linear (names look like {example})"));
         }
     }
     if recipe.head_bits.is_some() && config.tie_embeddings {
@@ -184,8 +185,7 @@ fn estimate(config: &ModelConfig, recipe: &Recipe, matrices: &[PlannedMatrix]) -
     let (d, f, q) = (config.hidden_size, config.intermediate_size, config.q_size());
     let widest = d.max(f).max(q) as f64;
     let block: f64 = config.block_linears().iter().map(|(_, o, i)| (o * i) as f64).sum();
-    let largest =
-        matrices.iter().map(|m| m.rows.min(1 << 15) * m.cols).max().unwrap_or(0) as f64;
+    let largest = matrices.iter().map(|m| m.rows.min(1 << 15) * m.cols).max().unwrap_or(0) as f64;
     let streams = tokens * (d + q) as f64 * 4.0;
     let statistics = if observes { widest * widest * (4.0 * 4.0 + 3.0 * 8.0) } else { 0.0 };
     let work = (c.seqlen as f64) * (3.0 * f as f64 + 6.0 * d as f64) * 4.0;
@@ -199,4 +199,3 @@ fn estimate(config: &ModelConfig, recipe: &Recipe, matrices: &[PlannedMatrix]) -
     let layers = config.num_layers as f64;
     (ram as u64, layers * tokens * (2.0 * (block + recomputed) + 1.2 * sites) + rounding)
 }
-

@@ -37,7 +37,8 @@ pub struct Recipe {
     pub symmetric: bool,
     /// How a group's scale is fitted.
     pub scale: ScaleFit,
-    /// GPTQ: round columns in order of falling activation energy.
+    /// GPTQ: round columns in order of falling activation energy. On by default: groups are
+    /// static, so it costs nothing at run time.
     pub act_order: bool,
     /// GPTQ: damping as a fraction of the mean diagonal of the Gram matrix.
     pub damp: f64,
@@ -105,7 +106,7 @@ impl Default for Recipe {
             group_size: 128,
             symmetric: true,
             scale: ScaleFit::MinMax,
-            act_order: false,
+            act_order: true,
             damp: 0.01,
             embed_bits: None,
             head_bits: None,
@@ -221,7 +222,10 @@ impl Recipe {
                 "symmetric" => value.trim().parse().map(|v| entry.symmetric = Some(v)).is_ok(),
                 other => {
                     let keys = ["bits", "group_size", "symmetric"];
-                    return fail(format!("unknown key {other:?}{}", nearest_name(other, keys.into_iter())));
+                    return fail(format!(
+                        "unknown key {other:?}{}",
+                        nearest_name(other, keys.into_iter())
+                    ));
                 }
             };
             if !parsed {
@@ -250,9 +254,8 @@ pub fn matches(pattern: &str, name: &str) -> bool {
 
 /// Adds the nearest of the expected names to serde's "unknown field" message.
 fn with_nearest(message: &str) -> String {
-    let quoted = |s: &str| -> Vec<String> {
-        s.split('`').skip(1).step_by(2).map(str::to_owned).collect()
-    };
+    let quoted =
+        |s: &str| -> Vec<String> { s.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
     let Some(at) = message.find("unknown field") else { return message.to_string() };
     let names = quoted(&message[at..]);
     match names.split_first() {

@@ -128,9 +128,8 @@ impl BlockRounding<'_> {
     /// Rounds those of the linears `names` that are planned, and puts the decoded weights in
     /// their place.
     fn round(&mut self, names: &[&str], gram: Option<&Gram>) -> Result<()> {
-        let ends = |m: &&&PlannedMatrix| {
-            names.iter().any(|n| m.tensor.ends_with(&format!(".{n}.weight")))
-        };
+        let ends =
+            |m: &&&PlannedMatrix| names.iter().any(|n| m.tensor.ends_with(&format!(".{n}.weight")));
         let site: Vec<&PlannedMatrix> = self.planned.iter().filter(ends).copied().collect();
         let mut originals = Vec::new();
         for m in &site {

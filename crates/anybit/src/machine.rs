@@ -48,8 +48,18 @@ pub fn isa() -> Vec<&'static str> {
             ($($name:tt),*) => { $(if is_x86_feature_detected!($name) { found.push($name); })* };
         }
         probe!(
-            "sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl",
-            "avx512vbmi", "avx512vnni", "avx512bf16", "avx512vpopcntdq"
+            "sse4.2",
+            "avx",
+            "avx2",
+            "fma",
+            "f16c",
+            "avx512f",
+            "avx512bw",
+            "avx512vl",
+            "avx512vbmi",
+            "avx512vnni",
+            "avx512bf16",
+            "avx512vpopcntdq"
         );
     }
     #[cfg(target_arch = "aarch64")]

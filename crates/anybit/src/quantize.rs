@@ -8,7 +8,7 @@ use anybit_io::atomic::write_bytes;
 use anybit_io::native::Manifest;
 use anybit_io::{Checkpoint, Weight};
 use anybit_ptq::methods::{self, Method};
-use anybit_ptq::{Calibration, Event, Plan, Quantized, QuantizeOptions, Recipe};
+use anybit_ptq::{Calibration, Event, Plan, QuantizeOptions, Quantized, Recipe};
 
 use crate::Result;
 
@@ -93,10 +93,7 @@ pub fn run(
 }
 
 /// Windows of the report's text. A model without a tokenizer gets none.
-fn monitor_windows(
-    checkpoint: &Checkpoint,
-    options: &Options,
-) -> Result<(String, Vec<Vec<u32>>)> {
+fn monitor_windows(checkpoint: &Checkpoint, options: &Options) -> Result<(String, Vec<Vec<u32>>)> {
     let (name, text) = match &options.report_text {
         Some(path) => {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -114,7 +114,6 @@ pub fn squared_norm(m: &Matrix) -> f64 {
 
 /// `‖w − q‖² / ‖w‖²` in f64; 0 when both are zero.
 pub fn relative_error(w: &Matrix, q: &Matrix) -> f64 {
-    let error: f64 =
-        w.data.iter().zip(&q.data).map(|(a, b)| (*a as f64 - *b as f64).powi(2)).sum();
+    let error: f64 = w.data.iter().zip(&q.data).map(|(a, b)| (*a as f64 - *b as f64).powi(2)).sum();
     if error == 0.0 { 0.0 } else { error / squared_norm(w).max(f64::MIN_POSITIVE) }
 }

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
+use anybit::Result;
 use anybit::eval::{BUILTIN_TEXT, Convention, ModelScores, read_text};
 use anybit::measure::{Options, run as measure};
-use anybit::Result;
 use clap::ValueEnum;
 use serde_json::json;
 

@@ -34,7 +34,8 @@ pub fn run(args: Args, _terminal: &Terminal) -> Result<()> {
         });
         return write_json(path, &value);
     }
-    let header = ["tensor", "shape", "type", "bits", "total", "bytes", "weight error", "output error"];
+    let header =
+        ["tensor", "shape", "type", "bits", "total", "bytes", "weight error", "output error"];
     let mut table = vec![header.map(String::from).to_vec()];
     table.extend(rows.iter().map(table_row));
     print_table(&table);

@@ -23,8 +23,8 @@ recipe, text); 4 output that cannot be written; 5 verification failed.";
 #[command(name = "anybit", version, after_help = EXIT_CODES, propagate_version = true)]
 pub struct Cli {
     /// Threads to use; all cores by default. Results do not depend on it.
-    #[arg(long, global = true, value_name = "N")]
-    threads: Option<usize>,
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
 
     /// Print results only: no progress bars, no remarks.
     #[arg(long, short, global = true)]
@@ -50,7 +50,7 @@ enum Command {
 /// Runs a parsed command line.
 pub fn run(cli: Cli) -> Result<()> {
     if let Some(threads) = cli.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1));
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
         // The pool was not used yet, so this cannot fail.
         let _ = pool.build_global();
     }

@@ -56,9 +56,10 @@ pub struct Args {
     #[arg(long, value_enum)]
     scale: Option<ScaleArg>,
 
-    /// GPTQ: round columns in order of falling activation energy.
-    #[arg(long)]
-    act_order: bool,
+    /// GPTQ: round columns in order of falling activation energy; groups are static, so it costs
+    /// nothing at run time [default: true].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    act_order: Option<bool>,
 
     /// GPTQ: damping as a fraction of the mean diagonal [default: 0.01].
     #[arg(long)]
@@ -139,7 +140,7 @@ impl Args {
         r.bits = self.bits.unwrap_or(r.bits);
         r.group_size = self.group_size.unwrap_or(r.group_size);
         r.symmetric &= !self.asym;
-        r.act_order |= self.act_order;
+        r.act_order = self.act_order.unwrap_or(r.act_order);
         r.damp = self.damp.unwrap_or(r.damp);
         r.embed_bits = self.embed_bits.or(r.embed_bits);
         r.head_bits = self.head_bits.or(r.head_bits);
@@ -180,13 +181,14 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     let started = Instant::now();
     let blocks = terminal.bar("blocks", checkpoint.config.num_layers as u64);
     let files = terminal.byte_bar("writing", 0);
-    let outcome = anybit::quantize::run(&checkpoint, &recipe, &options, &mut |event| match event {
-        Event::Block(index, _) => blocks.set_position(index as u64),
-        Event::Assembling(done, total) => {
-            files.set_length(total);
-            files.set_position(done);
-        }
-    })?;
+    let outcome =
+        anybit::quantize::run(&checkpoint, &recipe, &options, &mut |event| match event {
+            Event::Block(index, _) => blocks.set_position(index as u64),
+            Event::Assembling(done, total) => {
+                files.set_length(total);
+                files.set_position(done);
+            }
+        })?;
     blocks.finish_and_clear();
     files.finish_and_clear();
     if let Some(path) = &args.json {
@@ -203,8 +205,14 @@ fn print_outcome(args: &Args, outcome: &Outcome, seconds: f64) {
     let r = &outcome.report;
     let row = |name: &str, value: String| vec![name.to_string(), value];
     let mut rows = vec![
-        row("weights", format!("{} → {}", bytes_text(r.original_file_bytes), bytes_text(r.weight_file_bytes))),
-        row("bits per weight", format!("{:.3} codes, {:.3} total", r.bits_per_weight_codes, r.bits_per_weight_total)),
+        row(
+            "weights",
+            format!("{} → {}", bytes_text(r.original_file_bytes), bytes_text(r.weight_file_bytes)),
+        ),
+        row(
+            "bits per weight",
+            format!("{:.3} codes, {:.3} total", r.bits_per_weight_codes, r.bits_per_weight_total),
+        ),
     ];
     if let Some(q) = &r.quality {
         let interval = q.kl_ci95.map(|[low, high]| (high - low) / 2.0);
@@ -212,10 +220,18 @@ fn print_outcome(args: &Args, outcome: &Outcome, seconds: f64) {
             "perplexity",
             format!(
                 "{:.3} → {:.3} ({}, windows of {}, {} tokens of {})",
-                q.original_perplexity, q.quantized_perplexity, q.convention, q.ctx, q.tokens, q.text
+                q.original_perplexity,
+                q.quantized_perplexity,
+                q.convention,
+                q.ctx,
+                q.tokens,
+                q.text
             ),
         ));
-        rows.push(row("KL divergence", format!("{:.5} ± {} nats per token", q.kl_mean, or_dash(interval, 5))));
+        rows.push(row(
+            "KL divergence",
+            format!("{:.5} ± {} nats per token", q.kl_mean, or_dash(interval, 5)),
+        ));
         rows.push(row("top-1 agreement", format!("{:.2}%", q.top1_agreement * 100.0)));
     }
     let times = &outcome.block_seconds;
@@ -223,7 +239,10 @@ fn print_outcome(args: &Args, outcome: &Outcome, seconds: f64) {
     let slowest = times.iter().copied().fold(0.0, f64::max);
     rows.push(row(
         "time",
-        format!("{seconds:.1} s; per block {:.2} s on average, {slowest:.2} s at most", sum / times.len().max(1) as f64),
+        format!(
+            "{seconds:.1} s; per block {:.2} s on average, {slowest:.2} s at most",
+            sum / times.len().max(1) as f64
+        ),
     ));
     rows.push(row("peak memory", machine::peak_rss_bytes().map_or("unknown".into(), bytes_text)));
     rows.push(row("written", args.out.display().to_string()));
@@ -258,9 +277,20 @@ fn dry_run(args: &Args, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> 
             "weight files",
             format!("{} bytes ({})", plan.weight_bytes(), bytes_text(plan.weight_bytes())),
         )];
-        rows.extend(plan.files.iter().map(|f| row(&format!("  {}", f.file_name), format!("{} bytes", f.file_bytes()))));
+        rows.extend(
+            plan.files
+                .iter()
+                .map(|f| row(&format!("  {}", f.file_name), format!("{} bytes", f.file_bytes()))),
+        );
         rows.push(row("bits per weight", format!("{codes:.3} codes, {total:.3} total")));
-        rows.push(row("packed", format!("{} matrices, {} tensors stay as they are", plan.matrices.len(), plan.dense.len())));
+        rows.push(row(
+            "packed",
+            format!(
+                "{} matrices, {} tensors stay as they are",
+                plan.matrices.len(),
+                plan.dense.len()
+            ),
+        ));
         rows.push(row("memory", format!("about {}", bytes_text(plan.ram_bytes))));
         rows.push(row("time", format!("about {seconds:.0} s on this machine")));
         print_table(&rows);

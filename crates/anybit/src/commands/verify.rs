@@ -46,7 +46,8 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     match problems.len() {
         0 => {
             let errors = if original.is_some() { ", errors as recorded" } else { "" };
-            terminal.note(&format!("{}: all tensors as the manifest says{errors}", args.dir.display()));
+            terminal
+                .note(&format!("{}: all tensors as the manifest says{errors}", args.dir.display()));
             Ok(())
         }
         n => Err(Error::Verification(n)),

@@ -1,0 +1,382 @@
+//! Sensitivities of the weights: Fisher diagonals and token-weighted Gram matrices of every linear
+//! of every block, one block at a time.
+//!
+//! For each calibration sequence `d` the mean next-token loss `L_d` is differentiated:
+//!
+//! ```text
+//! F_ij = 1/N Σ_d (∂L_d/∂W_ij)²                     SKIM's and SqueezeLLM's weights of k-means
+//! H_k  = Σ_d Σ_t s_kt x_t x_tᵀ,                    GuidedQuant's Hessian of row group k
+//! s_kt = mean over rows i of group k of (∂L_d/∂y_ti)²
+//! ```
+//!
+//! The sum over a sequence's tokens is inside the square of `F` and outside that of `H`. First the
+//! sequences go up through the blocks and leave every block's input in a store; then the gradient
+//! of the loss comes down: each block is recomputed from its inputs on a tape, and the gradient
+//! with respect to a block's input takes that input's place. Memory is one block, its gradients
+//! and its statistics, whatever the number of layers. Called by the methods of `anybit-ptq`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use anybit_core::{Gram, Matrix, RowSource};
+use anybit_io::{Checkpoint, ModelConfig};
+
+use crate::decoder::{check_tokens, load_tensor};
+use crate::store::HiddenStore;
+use crate::tiles::map;
+use crate::{
+    BlockOutput, BlockShape, BlockVars, GradError, Result, Rope, Tape, Tensor, TrainBlock, Var,
+    block_forward, next_tokens,
+};
+
+/// Losses are multiplied by this before they are differentiated, so that squares of small
+/// gradients keep their digits: `F` and `H` come out larger by its square.
+pub const GRADIENT_SCALE: f32 = 1e3;
+
+/// What is computed, and where.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SensitivityOptions<'a> {
+    /// Row groups of the token-weighted Gram matrices; `None` to leave them out.
+    pub guided_groups: Option<usize>,
+    /// Folder for the hidden states of all sequences and layers (4 bytes · tokens · hidden size ·
+    /// (layers + 1)); `None` to hold them in memory.
+    pub spill: Option<&'a Path>,
+}
+
+/// Sensitivities of one block's seven linears, by their names below `model.layers.N.`, larger by
+/// the square of [`GRADIENT_SCALE`].
+#[derive(Debug, Clone)]
+pub struct BlockSensitivity {
+    /// `F`, of each weight's shape.
+    pub fisher: BTreeMap<String, Matrix>,
+    /// `H_k`, one per group of consecutive rows.
+    pub guided: Option<BTreeMap<String, Vec<Gram>>>,
+}
+
+/// Computes the sensitivities of every block on `sequences` and hands each block's to `on_block`,
+/// from the last layer to the first. `progress` is told steps done and steps in all. Returns the
+/// mean loss, in nats per token.
+///
+/// # Errors
+/// Sequences that cannot be used, what the checkpoint or the spill file reports, losses or
+/// sensitivities that are not finite, and what `on_block` returns.
+pub fn sensitivities<E: From<GradError>>(
+    checkpoint: &Checkpoint,
+    sequences: &[Vec<u32>],
+    options: SensitivityOptions<'_>,
+    on_block: &mut dyn FnMut(usize, BlockSensitivity) -> std::result::Result<(), E>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> std::result::Result<f64, E> {
+    let layers = checkpoint.config.num_layers;
+    let total = ((2 * layers + 1) * sequences.len()) as u64;
+    let mut done = 0;
+    let mut step = || {
+        done += 1;
+        progress(done, total);
+    };
+    let mut walk = Walk::new(checkpoint, sequences, options)?;
+    walk.embed()?;
+    for layer in 0..layers {
+        walk.forward_block(layer, &mut step)?;
+    }
+    let loss = walk.head(&mut step)?;
+    for layer in (0..layers).rev() {
+        let sensitivity = walk.backward_block(layer, &mut step)?;
+        on_block(layer, sensitivity)?;
+    }
+    Ok(loss)
+}
+
+/// The way up and down through the blocks.
+struct Walk<'a> {
+    checkpoint: &'a Checkpoint,
+    sequences: &'a [Vec<u32>],
+    guided_groups: Option<usize>,
+    rope: Arc<Rope>,
+    /// Slot `l`: input of block `l`, then its gradient; the last slot is the head's input.
+    store: HiddenStore,
+    tape: Tape,
+}
+
+impl<'a> Walk<'a> {
+    fn new(
+        checkpoint: &'a Checkpoint,
+        sequences: &'a [Vec<u32>],
+        options: SensitivityOptions<'_>,
+    ) -> Result<Self> {
+        let config = &checkpoint.config;
+        for (sequence, tokens) in sequences.iter().enumerate() {
+            if tokens.len() < 2 {
+                return Err(GradError::ShortSequence { sequence, tokens: tokens.len() });
+            }
+            check_tokens(tokens, config.vocab_size)?;
+        }
+        let Some(longest) = sequences.iter().map(Vec::len).max() else {
+            return Err(GradError::NoSequences);
+        };
+        check_groups(config, options.guided_groups)?;
+        let lengths = sequences.iter().map(|tokens| tokens.len() * config.hidden_size).collect();
+        Ok(Self {
+            checkpoint,
+            sequences,
+            guided_groups: options.guided_groups,
+            rope: Arc::new(Rope::new(config.rope_frequencies(), longest)),
+            store: HiddenStore::new(config.num_layers + 1, lengths, options.spill)?,
+            tape: Tape::default(),
+        })
+    }
+
+    /// Stores the embeddings of all sequences.
+    fn embed(&mut self) -> Result<()> {
+        let weight = self.checkpoint.weight("model.embed_tokens.weight")?;
+        let hidden = self.checkpoint.config.hidden_size;
+        for (sequence, tokens) in self.sequences.iter().enumerate() {
+            let mut x = vec![0.0; tokens.len() * hidden];
+            for (token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
+                weight.read_rows(*token as usize..*token as usize + 1, x);
+            }
+            self.store.write(0, sequence, &x)?;
+        }
+        Ok(())
+    }
+
+    /// What `slot` holds for `sequence`, in a buffer of the tape.
+    fn hidden(&mut self, slot: usize, sequence: usize) -> Result<Vec<f32>> {
+        let len = self.sequences[sequence].len() * self.checkpoint.config.hidden_size;
+        let mut data = self.tape.buffer(len);
+        self.store.read(slot, sequence, &mut data)?;
+        Ok(data)
+    }
+
+    /// The same as a leaf.
+    fn hidden_leaf(&mut self, slot: usize, sequence: usize, wanted: bool) -> Result<Var> {
+        let shape = [self.sequences[sequence].len(), self.checkpoint.config.hidden_size];
+        let data = self.hidden(slot, sequence)?;
+        Ok(self.tape.leaf(Tensor::new(shape, data), wanted))
+    }
+
+    /// Stores the gradient of `x` in `slot` and forgets the recording.
+    fn finish_sequence(&mut self, slot: usize, sequence: usize, x: Var) -> Result<()> {
+        if let Some(grad) = self.tape.grad(x) {
+            self.store.write(slot, sequence, grad)?;
+        }
+        self.tape.reset();
+        Ok(())
+    }
+
+    /// Moves all sequences through block `layer`.
+    fn forward_block(&mut self, layer: usize, step: &mut dyn FnMut()) -> Result<()> {
+        let block = TrainBlock::load(self.checkpoint, layer)?;
+        let shape = BlockShape::new(&self.checkpoint.config, layer, &self.rope);
+        for (sequence, tokens) in self.sequences.iter().enumerate() {
+            let x = self.hidden_leaf(layer, sequence, false)?;
+            let vars = block.vars(&mut self.tape, &|_| false);
+            let out = block_forward(&mut self.tape, x, &vars, &shape, tokens.len());
+            self.store.write(layer + 1, sequence, self.tape.data(out.y))?;
+            self.tape.reset();
+            step();
+        }
+        Ok(())
+    }
+
+    /// Replaces the final hidden states by the gradients of the scaled losses; returns the mean
+    /// loss.
+    fn head(&mut self, step: &mut dyn FnMut()) -> Result<f64> {
+        let config = &self.checkpoint.config;
+        let norm = load_tensor(self.checkpoint, "model.norm.weight", &[config.hidden_size])?;
+        let name = match config.tie_embeddings {
+            true => "model.embed_tokens.weight",
+            false => "lm_head.weight",
+        };
+        let head = load_tensor(self.checkpoint, name, &[config.vocab_size, config.hidden_size])?;
+        let (eps, slot) = (config.rms_norm_eps, config.num_layers);
+        let mut sum = 0.0;
+        for (sequence, tokens) in self.sequences.iter().enumerate() {
+            let x = self.hidden_leaf(slot, sequence, true)?;
+            let tape = &mut self.tape;
+            let (norm, head) = (tape.constant(norm.clone()), tape.constant(head.clone()));
+            let normed = tape.rms_norm(x, norm, eps);
+            let targets = next_tokens(tokens, tokens.len());
+            let loss = tape.linear_cross_entropy(normed, head, &targets);
+            let value = tape.data(loss)[0];
+            if !value.is_finite() {
+                return Err(GradError::Loss { sequence, value });
+            }
+            sum += value as f64;
+            tape.backward_from(loss, &[GRADIENT_SCALE]);
+            self.finish_sequence(slot, sequence, x)?;
+            step();
+        }
+        Ok(sum / self.sequences.len() as f64)
+    }
+
+    /// Takes the gradients with respect to block `layer`'s outputs back to its inputs, and gathers
+    /// its sensitivities on the way.
+    fn backward_block(&mut self, layer: usize, step: &mut dyn FnMut()) -> Result<BlockSensitivity> {
+        let block = TrainBlock::load(self.checkpoint, layer)?;
+        let shape = BlockShape::new(&self.checkpoint.config, layer, &self.rope);
+        let mut sums = Sums::new(&self.checkpoint.config, self.guided_groups);
+        for (sequence, tokens) in self.sequences.iter().enumerate() {
+            let x = self.hidden_leaf(layer, sequence, true)?;
+            let dy = self.hidden(layer + 1, sequence)?;
+            let tape = &mut self.tape;
+            let vars = block.vars(tape, &|name| name.ends_with("_proj.weight"));
+            let out = block_forward(tape, x, &vars, &shape, tokens.len());
+            if self.guided_groups.is_some() {
+                out.linears.iter().for_each(|site| tape.keep_grad(site.output));
+            }
+            tape.backward_from(out.y, &dy);
+            tape.recycle(dy);
+            sums.add(tape, &vars, &out);
+            self.finish_sequence(layer, sequence, x)?;
+            step();
+        }
+        sums.finish(layer, self.sequences.len())
+    }
+}
+
+/// Every linear must have at least as many rows as there are groups.
+fn check_groups(config: &ModelConfig, groups: Option<usize>) -> Result<()> {
+    let Some(groups) = groups else { return Ok(()) };
+    match config.block_linears().into_iter().find(|(_, rows, _)| groups == 0 || groups > *rows) {
+        None => Ok(()),
+        Some((linear, rows, _)) => Err(GradError::RowGroups { groups, linear, rows }),
+    }
+}
+
+/// Statistics of one linear while they are summed.
+struct LinearSums {
+    name: &'static str,
+    fisher: Matrix,
+    /// Empty when they are not wanted.
+    guided: Vec<Gram>,
+}
+
+/// Statistics of one block while they are summed.
+struct Sums {
+    linears: Vec<LinearSums>,
+    guided: bool,
+    /// `x` scaled by `√s`.
+    weighted: Vec<f32>,
+}
+
+impl Sums {
+    fn new(config: &ModelConfig, groups: Option<usize>) -> Self {
+        let linears = config.block_linears().into_iter().map(|(name, rows, cols)| LinearSums {
+            name,
+            fisher: Matrix::zeros(rows, cols),
+            guided: vec![Gram::new(cols); groups.unwrap_or(0)],
+        });
+        Self { linears: linears.collect(), guided: groups.is_some(), weighted: Vec::new() }
+    }
+
+    /// Adds one sequence's gradients.
+    fn add(&mut self, tape: &Tape, vars: &BlockVars, out: &BlockOutput) {
+        for sums in &mut self.linears {
+            let weight = vars.get(&format!("{}.weight", sums.name));
+            if let Some(dw) = weight.and_then(|w| tape.grad(w)) {
+                map(&mut sums.fisher.data, true, dw, |g| g * g);
+            }
+            let Some(site) = out.linears.iter().find(|site| site.name == sums.name) else {
+                continue;
+            };
+            if let Some(dy) = tape.grad(site.output).filter(|_| self.guided) {
+                add_guided(&mut sums.guided, tape.data(site.input), dy, &mut self.weighted);
+            }
+        }
+    }
+
+    /// Divides by the number of sequences and checks every value.
+    fn finish(self, layer: usize, sequences: usize) -> Result<BlockSensitivity> {
+        let (mut fisher, mut guided) = (BTreeMap::new(), BTreeMap::new());
+        for LinearSums { name, fisher: mut squares, guided: grams } in self.linears {
+            squares.data.iter_mut().for_each(|f| *f /= sequences as f32);
+            let cols = squares.cols;
+            let what = (layer, name, "Fisher diagonal");
+            check_values(&squares.data, what, |at| (at / cols, at % cols))?;
+            for gram in &grams {
+                check_values(&gram.diagonal(), (layer, name, "guided Gram matrix"), |at| (at, at))?;
+            }
+            fisher.insert(name.to_string(), squares);
+            guided.insert(name.to_string(), grams);
+        }
+        Ok(BlockSensitivity { fisher, guided: self.guided.then_some(guided) })
+    }
+}
+
+/// Fails at the first value that is no finite number from zero up; `place` tells its row and
+/// column.
+fn check_values(
+    values: &[f32],
+    (layer, linear, quantity): (usize, &'static str, &'static str),
+    place: impl Fn(usize) -> (usize, usize),
+) -> Result<()> {
+    let Some(at) = values.iter().position(|v| !v.is_finite() || *v < 0.0) else { return Ok(()) };
+    let ((row, col), value) = (place(at), values[at]);
+    Err(GradError::Sensitivity { layer, linear, quantity, row, col, value })
+}
+
+/// `H_k += Σ_t s_kt x_t x_tᵀ` for every group `k` of consecutive rows; `weighted` is room for
+/// `√s x`.
+fn add_guided(grams: &mut [Gram], x: &[f32], dy: &[f32], weighted: &mut Vec<f32>) {
+    let Some(cols) = grams.first().map(Gram::size) else { return };
+    let tokens = x.len() / cols;
+    let rows = dy.len() / tokens;
+    let groups = grams.len();
+    weighted.resize(x.len(), 0.0);
+    for (k, gram) in grams.iter_mut().enumerate() {
+        let range = k * rows / groups..(k + 1) * rows / groups;
+        let count = range.len() as f32;
+        let outputs = weighted.chunks_exact_mut(cols).zip(x.chunks_exact(cols));
+        for ((weighted, x), dy) in outputs.zip(dy.chunks_exact(rows)) {
+            let squares: f32 = dy[range.clone()].iter().map(|g| g * g).sum();
+            let root = (squares / count).sqrt();
+            weighted.iter_mut().zip(x).for_each(|(w, x)| *w = root * x);
+        }
+        gram.add(weighted);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The two forms differ in where the square stands: tokens x = (1, 2), dy = (3, −1) give
+    /// `F = (3 − 2)² = 1` and `H = 9·1 + 1·4 = 13` (SKIM's specification, 1.2).
+    #[test]
+    fn fisher_squares_the_sum_and_guided_sums_the_squares() {
+        let mut tape = Tape::default();
+        let x = tape.constant(Tensor::new([2, 1], vec![1.0, 2.0]));
+        let w = tape.leaf(Tensor::new([1, 1], vec![0.5]), true);
+        let y = tape.linear(x, w, None);
+        let dy = [3.0, -1.0];
+        tape.backward_from(y, &dy);
+        assert_eq!(tape.grad(w).unwrap()[0].powi(2), 1.0);
+        let mut grams = [Gram::new(1)];
+        add_guided(&mut grams, tape.data(x), &dy, &mut Vec::new());
+        approx::assert_relative_eq!(grams[0].at(0, 0), 13.0, max_relative = 1e-6);
+    }
+
+    #[test]
+    fn values_that_cannot_be_are_named() {
+        let what = (3, "mlp.up_proj", "Fisher diagonal");
+        let check = |values: &[f32]| check_values(values, what, |at| (at / 2, at % 2));
+        assert!(check(&[0.0, 1.0, 2.0, 3.0]).is_ok());
+        for bad in [f32::NAN, f32::INFINITY, -1e-9] {
+            let error = check(&[0.0, 1.0, bad, 3.0]).unwrap_err().to_string();
+            assert!(error.contains("layer 3, mlp.up_proj: the Fisher diagonal"), "{error}");
+            assert!(error.contains("row 1, column 0"), "{error}");
+        }
+    }
+
+    #[test]
+    fn row_groups_split_the_outputs() {
+        let mut grams = vec![Gram::new(2); 2];
+        let (x, dy) = ([1.0, 2.0], [2.0, 0.0, 3.0]);
+        add_guided(&mut grams, &x, &dy, &mut Vec::new());
+        // Group 0 is row 0, group 1 rows 1 and 2.
+        approx::assert_relative_eq!(grams[0].at(0, 0), 4.0, max_relative = 1e-6);
+        approx::assert_relative_eq!(grams[1].at(0, 1), 4.5 * 2.0, max_relative = 1e-6);
+    }
+}
