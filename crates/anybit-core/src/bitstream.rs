@@ -28,7 +28,7 @@ pub fn pack_row(codes: &[u8], bits: u8, words: &mut [u32]) {
 /// Unpacks `codes.len()` codes starting at code `first` of a row. Fast from multiples of 32,
 /// where a run of 32 codes is a whole number of words.
 pub fn unpack_row(words: &[u32], bits: u8, first: usize, codes: &mut [u8]) {
-    let whole = if first % 32 == 0 { codes.len() / 32 * 32 } else { 0 };
+    let whole = if first.is_multiple_of(32) { codes.len() / 32 * 32 } else { 0 };
     let (runs, tail) = codes.split_at_mut(whole);
     let start = first / 32 * bits as usize;
     match bits {

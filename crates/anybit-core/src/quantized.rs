@@ -95,6 +95,13 @@ impl Plane {
                 return Err(CoreError::CodeRange { row });
             }
         }
+        let groups = self.grid.groups(self.cols);
+        let words = words_per_row(groups, self.grid.bits());
+        for (row, stream) in self.zeros.chunks_exact(words.max(1)).enumerate() {
+            if !padding_is_zero(stream, groups, self.grid.bits()) {
+                return Err(CoreError::CodeRange { row });
+            }
+        }
         Ok(())
     }
 
@@ -261,7 +268,7 @@ impl QuantizedMatrix {
     ) -> Result<Self> {
         let fail =
             |what, expected: String, found: String| Err(CoreError::Shape { what, expected, found });
-        if column_groups == 0 || planes.is_empty() || planes.len() % column_groups != 0 {
+        if column_groups == 0 || planes.is_empty() || !planes.len().is_multiple_of(column_groups) {
             let found = planes.len().to_string();
             return fail("number of planes", format!("a multiple of {column_groups}"), found);
         }
@@ -281,10 +288,10 @@ impl QuantizedMatrix {
                 format!("{sum_rows}×{sum_cols}"),
             );
         }
-        if let Some(scale) = &column_scale {
-            if scale.len() != cols || scale.iter().any(|s| !s.is_finite()) {
-                return fail("column scale", format!("{cols} finite values"), "otherwise".into());
-            }
+        if let Some(scale) = &column_scale
+            && (scale.len() != cols || scale.iter().any(|s| !s.is_finite()))
+        {
+            return fail("column scale", format!("{cols} finite values"), "otherwise".into());
         }
         if let Some(perm) = &row_perm {
             let mut seen = vec![false; rows];

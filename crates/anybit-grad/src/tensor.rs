@@ -40,7 +40,8 @@ impl Tensor {
 
     /// The values, to be changed; copied first when another clone shares them.
     pub fn data_mut(&mut self) -> &mut [f32] {
-        Arc::make_mut(&mut self.data)
+        let data: &mut Vec<f32> = Arc::make_mut(&mut self.data);
+        data
     }
 
     /// Number of values.

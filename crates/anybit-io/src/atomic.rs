@@ -9,8 +9,12 @@ use crate::{IoError, Result};
 
 /// `path` with `.partial` appended to its last component.
 pub fn partial_path(path: &Path) -> PathBuf {
+    with_suffix(path, ".partial")
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".partial");
+    name.push(suffix);
     path.with_file_name(name)
 }
 
@@ -151,10 +155,9 @@ impl PartialFolder {
     pub fn finish(mut self) -> Result<()> {
         let fail = |e| IoError::file("create", &self.target, e);
         let _ = fs::remove_file(self.path.join("lock"));
-        let old = self.target.with_extension("replaced");
+        let old = with_suffix(&self.target, ".partial-replaced");
         let replacing = self.target.exists();
         if replacing {
-            let _ = remove_any(&old);
             fs::rename(&self.target, &old).map_err(fail)?;
         }
         if let Err(e) = fs::rename(&self.path, &self.target) {

@@ -272,13 +272,13 @@ impl ModelConfig {
                 return fail(format!("{key} is {value}"));
             }
         }
-        if self.num_heads % self.num_kv_heads != 0 {
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             let (h, kv) = (self.num_heads, self.num_kv_heads);
             return fail(format!(
                 "num_attention_heads {h} is no multiple of num_key_value_heads {kv}"
             ));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return fail(format!(
                 "head_dim {} is odd, rotary embedding needs pairs",
                 self.head_dim

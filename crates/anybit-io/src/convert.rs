@@ -180,6 +180,13 @@ pub fn copy_text_files(source: &Checkpoint, folder: &Path) -> Result<()> {
 fn write_text_files(source: &Checkpoint, folder: &Path) -> Result<()> {
     let tokenizer = source.tokenizer()?;
     tokenizer.save(&folder.join("tokenizer.json"))?;
+    let license = source.gguf().and_then(|g| g.metadata.get_str("general.license"));
+    if let Some(license) = license.filter(|l| l.chars().all(|c| !c.is_control())) {
+        write_bytes(
+            &folder.join("README.md"),
+            format!("---\nlicense: {license}\n---\n").as_bytes(),
+        )?;
+    }
     let json_file = |name: &str, value: Value| {
         write_bytes(&folder.join(name), format!("{value:#}\n").as_bytes())
     };

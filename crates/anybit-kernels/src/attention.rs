@@ -37,10 +37,9 @@ pub fn attention(q: &[f32], keys: &[f32], values: &[f32], shape: AttentionShape,
     assert!(start + queries <= capacity, "more positions than the cache holds");
     assert!(keys.len().min(values.len()) >= kv_heads * capacity * head_dim, "cache too short");
     let scale = 1.0 / (head_dim as f32).sqrt();
-    let dst = DisjointMut(out.as_mut_ptr());
+    let dst = DisjointMut::new(out);
     let blocks = queries.div_ceil(QUERIES);
     (0..heads * blocks).into_par_iter().for_each(|task| {
-        let dst = dst;
         let (head, first) = (task % heads, task / heads * QUERIES);
         let count = QUERIES.min(queries - first);
         let end = start + first + count;
@@ -62,7 +61,7 @@ pub fn attention(q: &[f32], keys: &[f32], values: &[f32], shape: AttentionShape,
             let values = View::rows(values, span, head_dim, head_dim);
             // SAFETY: this head's channels of these queries belong to this task alone.
             unsafe {
-                let dst = dst.0.add(first * stride + head * head_dim);
+                let dst = dst.at(first * stride + head * head_dim);
                 matmul_into(dst, stride, false, 1.0, View::rows(scores, count, span, span), values);
             }
         });

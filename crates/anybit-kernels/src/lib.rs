@@ -19,7 +19,24 @@ pub use rope::RopeTable;
 
 /// Pointer to a buffer of which every task writes its own disjoint part.
 #[derive(Clone, Copy)]
-pub(crate) struct DisjointMut(pub *mut f32);
+pub(crate) struct DisjointMut(*mut f32);
+
+impl DisjointMut {
+    pub fn new(buffer: &mut [f32]) -> Self {
+        Self(buffer.as_mut_ptr())
+    }
+
+    /// Address of element `index`.
+    ///
+    /// # Safety
+    /// `index` must lie inside the buffer; what is written through the result must belong to the
+    /// calling task alone.
+    pub unsafe fn at(self, index: usize) -> *mut f32 {
+        // SAFETY: inside the buffer by the caller's contract.
+        unsafe { self.0.add(index) }
+    }
+}
+
 // SAFETY: the constructors' tasks write disjoint elements and read none of the others'.
 unsafe impl Send for DisjointMut {}
 // SAFETY: as above.

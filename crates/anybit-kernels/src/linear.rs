@@ -29,15 +29,14 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
     assert_eq!(y.len(), tokens * out, "output has another shape");
     let tile = if tokens <= FEW_TOKENS { 64 } else { tile_rows(out, inp) };
     let row_tiles = out.div_ceil(tile);
-    let dst = DisjointMut(y.as_mut_ptr());
+    let dst = DisjointMut::new(y);
     (0..row_tiles * tokens.div_ceil(TOKENS)).into_par_iter().for_each(|task| {
-        let dst = dst;
         let (t, first) = (task % row_tiles, task / row_tiles * TOKENS);
         let rows = t * tile..((t + 1) * tile).min(out);
         let count = TOKENS.min(tokens - first);
         let x = &x[first * inp..(first + count) * inp];
         // SAFETY: `rows` of tokens `first..first + count` belong to this task alone.
-        let y = unsafe { dst.0.add(first * out + rows.start) };
+        let y = unsafe { dst.at(first * out + rows.start) };
         with_scratch(rows.len() * inp, |w| {
             if count > FEW_TOKENS {
                 weight.read_rows(rows.clone(), w);

@@ -1,5 +1,6 @@
 //! [`Plan`]: what a recipe means for each tensor of a model, to the byte, from headers alone.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anybit_io::native::{PlaneRecord, QuantizedRecord};
@@ -84,11 +85,12 @@ impl Plan {
         let mut problems = Vec::new();
         check_names(recipe, config, &mut problems);
         let (mut matrices, mut dense) = (Vec::new(), Vec::new());
+        let mut misfits: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (tensor, shape) in config.tensors() {
             match (settings_of(recipe, &tensor), &shape[..]) {
                 (Some(settings), &[rows, cols]) => {
                     if let Err(e) = settings.grid.validate(cols) {
-                        problems.push(format!("{tensor}: {e}"));
+                        misfits.entry(e.to_string()).or_default().push(tensor.clone());
                     }
                     matrices.push(PlannedMatrix { tensor, rows, cols, settings });
                 }
@@ -103,6 +105,11 @@ impl Plan {
                 }
             }
         }
+        problems.extend(misfits.into_iter().map(|(what, tensors)| match &tensors[..] {
+            [one] => format!("{one}: {what}"),
+            [first, rest @ ..] => format!("{first} and {} more: {what}", rest.len()),
+            [] => what,
+        }));
         let mut tensors = dense.clone();
         if problems.is_empty() {
             tensors.extend(matrices.iter().flat_map(PlannedMatrix::parts));
@@ -136,7 +143,7 @@ impl Plan {
         self.matrices.iter().find(|m| m.tensor == tensor)
     }
 
-    /// Bits per weight of the blocks' linears: (codes, everything stored).
+    /// Bits per weight of the blocks' linears, packed or not: (codes, everything stored).
     pub fn bits_per_weight(&self) -> (f64, f64) {
         let (mut weights, mut codes, mut total) = (0f64, 0f64, 0f64);
         for m in self.matrices.iter().filter(|m| m.tensor.contains(".layers.")) {
@@ -144,6 +151,12 @@ impl Plan {
             weights += n;
             codes += n * m.settings.grid.bits() as f64;
             total += m.parts().iter().map(|p| p.bytes() as f64 * 8.0).sum::<f64>();
+        }
+        let kept = |t: &&PlannedTensor| t.name.contains(".layers.") && t.shape.len() == 2;
+        for t in self.dense.iter().filter(kept) {
+            weights += t.shape.iter().product::<usize>() as f64;
+            codes += t.bytes() as f64 * 8.0;
+            total += t.bytes() as f64 * 8.0;
         }
         (codes / weights.max(1.0), total / weights.max(1.0))
     }

@@ -1,6 +1,6 @@
 //! Generation: a prompt in, text out as it comes.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anybit_io::tokenizer::{StopMatcher, StreamDecoder, Tokenizer};
 
@@ -44,10 +44,10 @@ pub struct Generated {
     pub prompt_tokens: usize,
     /// Why it ended.
     pub finish: Finish,
-    /// Time to read the prompt.
-    pub prefill: Duration,
-    /// Time to generate.
-    pub decode: Duration,
+    /// Seconds to read the prompt.
+    pub prefill_s: f64,
+    /// Seconds to generate.
+    pub decode_s: f64,
 }
 
 /// Continues `prompt` in `session`; `emit` hears each complete piece of text.
@@ -73,7 +73,7 @@ pub fn generate(
     let mut tokens = Vec::with_capacity(options.max_tokens);
     let started = Instant::now();
     let mut logits = session.step(prompt)?;
-    let prefill = started.elapsed();
+    let prefill_s = started.elapsed().as_secs_f64();
     let started = Instant::now();
     let finish = loop {
         if tokens.len() == options.max_tokens {
@@ -107,6 +107,6 @@ pub fn generate(
         text.push_str(&rest);
         emit(&rest);
     }
-    let decode = started.elapsed();
-    Ok(Generated { text, tokens, prompt_tokens: prompt.len(), finish, prefill, decode })
+    let decode_s = started.elapsed().as_secs_f64();
+    Ok(Generated { text, tokens, prompt_tokens: prompt.len(), finish, prefill_s, decode_s })
 }

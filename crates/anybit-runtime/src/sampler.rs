@@ -108,7 +108,7 @@ impl Sampler {
         if o.top_p < 1.0 || o.min_p > 0.0 {
             self.candidates.sort_unstable_by(by_logit);
         }
-        self.to_probabilities();
+        self.exponentiate();
         self.keep_top_p();
         self.draw()
     }
@@ -123,7 +123,7 @@ impl Sampler {
         }
     }
 
-    fn to_probabilities(&mut self) {
+    fn exponentiate(&mut self) {
         let max = self.candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.0));
         self.candidates.iter_mut().for_each(|c| c.0 = (c.0 - max).exp());
         let sum: f32 = self.candidates.iter().map(|c| c.0).sum();

@@ -10,6 +10,7 @@ mod commands;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    restore_sigpipe();
     let cli = commands::Cli::parse();
     match commands::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -26,5 +27,14 @@ fn main() -> ExitCode {
             }
             ExitCode::from(code)
         }
+    }
+}
+
+/// A closed pipe (`anybit inspect … | head`) ends the program quietly, as it does other tools.
+fn restore_sigpipe() {
+    #[cfg(unix)]
+    // SAFETY: called before any thread is started, with a handler that the system provides.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
     }
 }

@@ -10,7 +10,7 @@ use anybit_io::{Checkpoint, Weight};
 use anybit_ptq::methods::{self, Method};
 use anybit_ptq::{Calibration, Event, Plan, QuantizeOptions, Quantized, Recipe};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// Tokens of a window of the report's evaluation.
 const REPORT_CTX: usize = 512;
@@ -64,6 +64,7 @@ pub fn run(
     options: &Options,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Outcome> {
+    refuse_self(&checkpoint.path, &options.out)?;
     anybit_io::atomic::check_absent(&options.out, options.force)?;
     let plan = Plan::new(checkpoint, recipe, Some(&options.out))?;
     let needs_data = methods::find(&recipe.method).is_some_and(|m| m.needs_gram());
@@ -90,6 +91,21 @@ pub fn run(
     let block_seconds = done.blocks.iter().map(|b| b.seconds).collect();
     done.folder.finish()?;
     Ok(Outcome { report, block_seconds })
+}
+
+/// Refuses an output in the place of its own source, which would destroy the source.
+///
+/// # Errors
+/// Both are the same folder or file.
+pub fn refuse_self(source: &Path, out: &Path) -> Result<()> {
+    let same = source.canonicalize().ok().zip(out.canonicalize().ok()).is_some_and(|(a, b)| a == b);
+    match same {
+        true => Err(Error::Usage(format!(
+            "{} is the model itself: choose another output",
+            out.display()
+        ))),
+        false => Ok(()),
+    }
 }
 
 /// Windows of the report's text. A model without a tokenizer gets none.

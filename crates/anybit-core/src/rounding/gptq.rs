@@ -196,7 +196,7 @@ impl Task<'_> {
     /// A block of columns is a whole number of groups where that is possible, so that a group's
     /// scale is fitted to weights that carry every update that is due.
     fn block_len(&self, group_len: usize) -> usize {
-        if BLOCK % group_len == 0 || group_len > 4 * BLOCK { BLOCK } else { group_len }
+        if BLOCK.is_multiple_of(group_len) || group_len > 4 * BLOCK { BLOCK } else { group_len }
     }
 
     fn round_block(

@@ -7,7 +7,7 @@
 pub mod gptq;
 pub mod nearest;
 
-pub use gptq::{GptqFactor, GptqOptions, gptq_with};
+pub use gptq::{GptqFactor, GptqOptions, gptq, gptq_with};
 pub use nearest::nearest;
 
 use crate::{CoreError, GridSpec, GroupGrid, Result, ScaleFit};

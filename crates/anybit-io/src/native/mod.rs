@@ -86,23 +86,19 @@ impl Manifest {
         format!("{value:#}\n")
     }
 
-    /// Bits per weight over the packed matrices of the blocks: (codes, everything stored).
-    /// Embeddings and head are said separately: see [`Self::matrix_bits`].
+    /// Bits per weight over the linears of the blocks, packed or not: (codes, everything stored).
+    /// Embeddings and head are not among them.
     pub fn bits_per_weight(&self) -> (f64, f64) {
         let in_blocks = |name: &str| name.contains(".layers.");
-        self.sum_bits(in_blocks)
-    }
-
-    /// Bits per weight of one packed matrix: (codes, everything stored).
-    pub fn matrix_bits(&self, name: &str) -> Option<(f64, f64)> {
-        self.quantized.contains_key(name).then(|| self.sum_bits(|n| n == name))
-    }
-
-    fn sum_bits(&self, select: impl Fn(&str) -> bool) -> (f64, f64) {
         let (mut weights, mut codes, mut total) = (0u64, 0u64, 0u64);
-        for (_, r) in self.quantized.iter().filter(|(name, _)| select(name)) {
+        for (_, r) in self.quantized.iter().filter(|(name, _)| in_blocks(name)) {
             weights += (r.rows * r.cols) as u64;
             codes += r.code_bits;
+            total += r.bytes * 8;
+        }
+        for (_, r) in self.dense.iter().filter(|(n, r)| in_blocks(n) && r.shape.len() == 2) {
+            weights += r.shape.iter().product::<usize>() as u64;
+            codes += r.bytes * 8;
             total += r.bytes * 8;
         }
         let weights = weights.max(1) as f64;

@@ -56,10 +56,10 @@ pub fn verify(
                     report(name, "its shape or element type is not as recorded".into());
                 } else if hash != record.blake3 {
                     report(name, "its bytes do not match the recorded hash".into());
-                } else if let Ok(tensor) = checkpoint.tensor(name) {
-                    if tensor.to_vec().iter().any(|v| !v.is_finite()) {
-                        report(name, "it holds NaN or infinity".into());
-                    }
+                } else if let Ok(tensor) = checkpoint.tensor(name)
+                    && tensor.to_vec().iter().any(|v| !v.is_finite())
+                {
+                    report(name, "it holds NaN or infinity".into());
                 }
             }
         }

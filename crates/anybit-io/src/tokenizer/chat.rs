@@ -34,6 +34,10 @@ impl Message {
     }
 }
 
+/// Instructions that a rendering may take: far more than any conversation needs, and few enough
+/// that a hostile template ends within a second.
+const FUEL: u64 = 10_000_000;
+
 /// A parsed chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -51,6 +55,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);
+        environment.set_fuel(Some(FUEL));
         environment.set_syntax(syntax.build().map_err(|e| failed(&e))?);
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);

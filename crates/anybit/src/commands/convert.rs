@@ -60,6 +60,7 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
         return Err(Error::Usage("--off-grid takes a spread from 0 to 1".into()));
     }
     let checkpoint = Checkpoint::open(&args.model)?;
+    anybit::quantize::refuse_self(&args.model, &args.out)?;
     if args.out.extension().is_some_and(|e| e == "gguf") {
         if args.off_grid.is_some() {
             let what = "--off-grid writes folders; convert to one first, then to .gguf";

@@ -139,13 +139,13 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     if let Some(path) = &args.json {
         write_json(path, &result)?;
     }
-    let rate = |n: usize, t: std::time::Duration| n as f64 / t.as_secs_f64().max(1e-9);
+    let rate = |n: usize, seconds: f64| n as f64 / seconds.max(1e-9);
     terminal.note(&format!(
         "prompt {} tokens at {:.0}/s, generated {} at {:.1}/s, ended by {:?}",
         result.prompt_tokens,
-        rate(result.prompt_tokens, result.prefill),
+        rate(result.prompt_tokens, result.prefill_s),
         result.tokens.len(),
-        rate(result.tokens.len(), result.decode),
+        rate(result.tokens.len(), result.decode_s),
         result.finish,
     ));
     Ok(())

@@ -58,7 +58,7 @@ pub struct Args {
 
     /// GPTQ: round columns in order of falling activation energy; groups are static, so it costs
     /// nothing at run time [default: true].
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     act_order: Option<bool>,
 
     /// GPTQ: damping as a fraction of the mean diagonal [default: 0.01].
@@ -103,7 +103,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     report_text: Option<PathBuf>,
 
-    /// Tokens of it; 0 for a report without these figures.
+    /// Tokens of it, in whole windows of 512; 0 for a report without these figures.
     #[arg(long, value_name = "N", default_value_t = 4096)]
     report_tokens: usize,
 
@@ -234,7 +234,8 @@ fn print_outcome(args: &Args, outcome: &Outcome, seconds: f64) {
         ));
         rows.push(row("top-1 agreement", format!("{:.2}%", q.top1_agreement * 100.0)));
     }
-    let times = &outcome.block_seconds;
+    // Blocks of an earlier, interrupted run have no time.
+    let times: Vec<f64> = outcome.block_seconds.iter().copied().filter(|t| *t > 0.0).collect();
     let sum: f64 = times.iter().sum();
     let slowest = times.iter().copied().fold(0.0, f64::max);
     rows.push(row(
@@ -250,12 +251,13 @@ fn print_outcome(args: &Args, outcome: &Outcome, seconds: f64) {
 }
 
 fn dry_run(args: &Args, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> {
-    let mut plan = Plan::new(checkpoint, recipe, Some(&args.out))?;
-    if let Err(e) = anybit::io::atomic::check_absent(&args.out, args.force) {
-        plan.problems.push(e.to_string());
-    }
+    let plan = Plan::new(checkpoint, recipe, Some(&args.out))?;
+    anybit::io::atomic::check_absent(&args.out, args.force)?;
     let (codes, total) = plan.bits_per_weight();
     let seconds = plan.flops / machine::gemm_flops();
+    if !plan.problems.is_empty() {
+        return Err(Error::Ptq(anybit::ptq::PtqError::Recipe(plan.problems.join("\n"))));
+    }
     if let Some(path) = &args.json {
         let files: Vec<_> = plan
             .files
@@ -268,7 +270,7 @@ fn dry_run(args: &Args, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> 
                 "weight_bytes": plan.weight_bytes(), "files": files,
                 "bits_per_weight_codes": codes, "bits_per_weight_total": total,
                 "estimated_ram_bytes": plan.ram_bytes, "estimated_seconds": seconds,
-                "problems": plan.problems, "recipe": recipe,
+                "recipe": recipe,
             }),
         )?;
     } else {
@@ -295,8 +297,5 @@ fn dry_run(args: &Args, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> 
         rows.push(row("time", format!("about {seconds:.0} s on this machine")));
         print_table(&rows);
     }
-    match plan.problems.is_empty() {
-        true => Ok(()),
-        false => Err(Error::Ptq(anybit::ptq::PtqError::Recipe(plan.problems.join("\n")))),
-    }
+    Ok(())
 }
