@@ -44,18 +44,24 @@ pub fn unpack_row(words: &[u32], bits: u8, first: usize, codes: &mut [u8]) {
     unpack_scalar(words, bits, first + whole, tail);
 }
 
-/// Whole runs of 32 codes of `B` bits; all shifts are constants, so this vectorizes.
+/// Whole runs of 32 codes of `B` bits: every 8 codes are `B` bytes, which fit a u64, so all shifts
+/// are constants and the loop vectorizes.
 fn unpack_runs<const B: usize>(words: &[u32], codes: &mut [u8]) {
-    let mask = (1u32 << B) - 1;
+    let mask = (1u64 << B) - 1;
     let runs = codes.as_chunks_mut::<32>().0;
     for (codes, words) in runs.iter_mut().zip(words.as_chunks::<B>().0) {
-        for (i, code) in codes.iter_mut().enumerate() {
-            let (word, shift) = (i * B / 32, i * B % 32);
-            let mut value = words[word] >> shift;
-            if shift + B > 32 {
-                value |= words[word + 1] << (32 - shift);
+        // 4·B bytes of the run, and room to read 8 bytes from the last group on.
+        let mut bytes = [0u8; 40];
+        for (bytes, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+            *bytes = word.to_le_bytes();
+        }
+        for (group, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let mut eight = [0u8; 8];
+            eight.copy_from_slice(&bytes[group * B..group * B + 8]);
+            let value = u64::from_le_bytes(eight);
+            for (i, code) in codes.iter_mut().enumerate() {
+                *code = (value >> (i * B) & mask) as u8;
             }
-            *code = (value & mask) as u8;
         }
     }
 }

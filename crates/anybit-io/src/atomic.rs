@@ -46,11 +46,15 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
     write_file(path, |out| out.write_all(bytes).map_err(|e| IoError::file("write", path, e)))
 }
 
-/// Fails when `path` is there and may not be replaced.
+/// Fails when `path` is there and may not be replaced, or when it has no name of its own (`.`,
+/// `..`, `/`).
 ///
 /// # Errors
-/// [`IoError::Exists`].
+/// [`IoError::Exists`], [`IoError::Unsupported`].
 pub fn check_absent(path: &Path, force: bool) -> Result<()> {
+    if path.file_name().is_none() {
+        return Err(IoError::unsupported(path, "not a name for an output; give it one"));
+    }
     if path.exists() && !force {
         return Err(IoError::Exists { path: path.to_owned() });
     }
@@ -115,8 +119,7 @@ impl PartialFolder {
         let lock_path = path.join("lock");
         let lock = File::create(&lock_path).map_err(fail)?;
         if lock.try_lock().is_err() {
-            let what = "another process is writing this output; wait for it or stop it";
-            return Err(IoError::unsupported(&path, what));
+            return Err(IoError::Busy { path });
         }
         if !resume && !fresh {
             for entry in fs::read_dir(&path).map_err(fail)?.flatten() {

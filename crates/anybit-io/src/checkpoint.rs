@@ -1,6 +1,6 @@
 //! [`Checkpoint`]: one view of a Hugging Face folder, a GGUF file or a native packed folder.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -175,9 +175,17 @@ impl Checkpoint {
     }
 
     fn missing(&self, name: &str) -> IoError {
+        // A misnamed tensor is one that the configuration does not call for.
+        let expected: BTreeSet<String> =
+            self.config.tensors().into_iter().map(|(name, _)| name).collect();
+        let stray = |n: &&str| !expected.contains(*n);
         let near = match &self.source {
-            Source::Folder { raw, .. } => nearest_name(name, raw.keys().map(String::as_str)),
-            Source::Gguf { tensors, .. } => nearest_name(name, tensors.keys().map(String::as_str)),
+            Source::Folder { raw, .. } => {
+                nearest_name(name, raw.keys().map(String::as_str).filter(stray))
+            }
+            Source::Gguf { tensors, .. } => {
+                nearest_name(name, tensors.keys().map(String::as_str).filter(stray))
+            }
         };
         IoError::MissingTensor { path: self.path.clone(), name: name.into(), near }
     }
@@ -317,7 +325,7 @@ impl Checkpoint {
 
     /// Size of the files that hold the weights.
     pub fn weight_file_bytes(&self) -> u64 {
-        let paths: std::collections::BTreeSet<&Path> = match &self.source {
+        let paths: BTreeSet<&Path> = match &self.source {
             Source::Gguf { .. } => [self.path.as_path()].into(),
             Source::Folder { raw, .. } => raw.values().map(|r| r.path.as_path()).collect(),
         };

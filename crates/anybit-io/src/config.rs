@@ -105,6 +105,10 @@ impl RopeScaling {
     }
 }
 
+/// No decoder is deeper; a file that says so is damaged, and its tensors' names alone would fill
+/// the memory.
+const MAX_LAYERS: usize = 4096;
+
 /// What a decoder is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -271,6 +275,12 @@ impl ModelConfig {
             if value == 0 || value > 1 << 24 {
                 return fail(format!("{key} is {value}"));
             }
+        }
+        if self.sliding_window == Some(0) {
+            return fail("sliding_window is 0: a token would not even see itself".into());
+        }
+        if self.num_layers > MAX_LAYERS {
+            return fail(format!("num_hidden_layers is {}, at most {MAX_LAYERS}", self.num_layers));
         }
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             let (h, kv) = (self.num_heads, self.num_kv_heads);

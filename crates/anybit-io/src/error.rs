@@ -87,6 +87,12 @@ pub enum IoError {
         /// The output.
         path: PathBuf,
     },
+    /// Another process is at work on the output.
+    #[error("{path}: another process is writing this output; wait for it or stop it")]
+    Busy {
+        /// The folder under construction.
+        path: PathBuf,
+    },
     /// The disk cannot hold the output.
     #[error("{path}: {needed} bytes needed, {free} free; free some space or write elsewhere")]
     NoSpace {

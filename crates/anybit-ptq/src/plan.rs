@@ -59,7 +59,7 @@ pub struct Plan {
     pub dense: Vec<PlannedTensor>,
     /// The weight files.
     pub files: Vec<FileLayout>,
-    /// Everything that makes the recipe impossible for this model or this disk.
+    /// Everything that makes the recipe impossible for this model.
     pub problems: Vec<String>,
     /// Estimated peak of resident memory, in bytes.
     pub ram_bytes: u64,
@@ -71,8 +71,8 @@ impl Plan {
     /// Plans `recipe` for `checkpoint`; `out` is where the disk space is needed.
     ///
     /// # Errors
-    /// Only for what makes planning impossible: an invalid recipe or a packed source. All else
-    /// is listed in [`Plan::problems`].
+    /// What makes planning impossible: an invalid recipe, a packed source, a disk that is too
+    /// small. What does not fit the model is listed in [`Plan::problems`].
     pub fn new(checkpoint: &Checkpoint, recipe: &Recipe, out: Option<&Path>) -> Result<Self> {
         recipe.validate()?;
         if checkpoint.format() == Format::Native {
@@ -116,13 +116,10 @@ impl Plan {
         }
         let files = layout(tensors);
         let (ram_bytes, flops) = estimate(config, recipe, &matrices);
-        let mut plan = Self { matrices, dense, files, problems, ram_bytes, flops };
+        let plan = Self { matrices, dense, files, problems, ram_bytes, flops };
         if let Some(out) = out {
             // Finished blocks wait beside the output until it is assembled.
-            let needed = 2 * plan.weight_bytes();
-            if let Err(e) = anybit_io::atomic::check_space(out, needed) {
-                plan.problems.push(e.to_string());
-            }
+            anybit_io::atomic::check_space(out, 2 * plan.weight_bytes())?;
         }
         Ok(plan)
     }

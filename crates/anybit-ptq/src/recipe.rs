@@ -168,8 +168,10 @@ impl Recipe {
             return fail(format!("damp is {}: it must be above 0", self.damp));
         }
         let c = &self.calibration;
-        if c.seqlen < 2 || c.tokens == 0 || c.data.is_empty() {
-            return fail("calibration needs data, tokens above 0 and seqlen of at least 2".into());
+        let sizes = 1..=1usize << 40;
+        if !(2..=1 << 20).contains(&c.seqlen) || !sizes.contains(&c.tokens) || c.data.is_empty() {
+            let what = "calibration needs data, 1 to 2^40 tokens and a seqlen of 2 to 2^20";
+            return fail(what.into());
         }
         Ok(())
     }

@@ -70,7 +70,7 @@ pub fn generate(
     let mut stream = StreamDecoder::new(tokenizer);
     let mut stops = StopMatcher::new(&options.stop);
     let mut text = String::new();
-    let mut tokens = Vec::with_capacity(options.max_tokens);
+    let mut tokens = Vec::with_capacity(options.max_tokens.min(session.capacity()));
     let started = Instant::now();
     let mut logits = session.step(prompt)?;
     let prefill_s = started.elapsed().as_secs_f64();

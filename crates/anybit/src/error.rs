@@ -48,7 +48,7 @@ impl Error {
 fn io_code(error: &anybit_io::IoError) -> u8 {
     use anybit_io::IoError;
     match error {
-        IoError::Exists { .. } | IoError::NoSpace { .. } => 4,
+        IoError::Exists { .. } | IoError::NoSpace { .. } | IoError::Busy { .. } => 4,
         IoError::File { action: "create" | "write" | "remove", .. } => 4,
         _ => 3,
     }

@@ -98,10 +98,10 @@ pub fn run(
 /// # Errors
 /// Both are the same folder or file.
 pub fn refuse_self(source: &Path, out: &Path) -> Result<()> {
-    let same = source.canonicalize().ok().zip(out.canonicalize().ok()).is_some_and(|(a, b)| a == b);
-    match same {
+    let (source, place) = (source.canonicalize().ok(), out.canonicalize().ok());
+    match source.zip(place).is_some_and(|(source, place)| source.starts_with(place)) {
         true => Err(Error::Usage(format!(
-            "{} is the model itself: choose another output",
+            "{} is the model itself or holds it; choose another output",
             out.display()
         ))),
         false => Ok(()),

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use anybit::io::convert::to_gguf;
 use anybit::io::{Dtype, ModelConfig, synth};
-use common::{Lab, QUICK, Run, Tensors, edit_json, entries, read_json};
+use common::{Lab, QUICK, Run, Tensors, assert_same, edit_json, entries, read_json};
 use serde_json::{Value, json};
 
 const USAGE: i32 = 2;
@@ -218,6 +218,16 @@ fn sixteen_million_layers() {
 }
 
 #[test]
+fn a_window_that_sees_nothing() {
+    let lab = damaged_config(|c| {
+        c["architectures"] = json!(["MistralForCausalLM"]);
+        c["sliding_window"] = json!(0);
+    });
+    lab.refuses(&quantize("bad"), INPUT, &["bad/config.json", "sliding_window"]);
+    lab.refuses("generate bad --prompt a", INPUT, &["bad/config.json", "sliding_window"]);
+}
+
+#[test]
 fn weights_that_another_program_packed() {
     let lab = damaged_config(|c| c["quantization_config"] = json!({"quant_method": "awq"}));
     let words = ["bad/config.json", "\"awq\" cannot be read", "supported:"];
@@ -350,15 +360,14 @@ fn group_sizes_that_no_layout_has() {
 #[test]
 fn group_longer_than_the_row() {
     let lab = Lab::with_tiny();
+    let rows = "group size 72 for rows of 64 columns";
+    // Rows of 176 hold such groups, the other twelve do not.
     let line = "quantize tiny --method rtn --group-size 72 --report-tokens 0 -o out";
-    let words = ["layers.0.self_attn.q_proj", "group size 72 for rows of 64 columns", "at most"];
+    let words = ["model.layers.0.self_attn.q_proj.weight and 11 more", rows, "at most", "-1"];
     lab.refuses(line, INPUT, &words);
-    // Rows of 176 hold such groups.
-    let said = lab.run(line).stderr;
-    assert!(!said.contains("down_proj"), "{said}");
-    // And a linear of its own size mends it.
-    let line = "quantize tiny --method rtn --group-size 16 --layer *.q_proj=group_size:72 -o out";
-    lab.refuses(line, INPUT, &["layers.1.self_attn.q_proj", "group size 72"]);
+    let line = "quantize tiny --method rtn --group-size 16 --layer *.1.*.q_proj=group_size:72 \
+                --report-tokens 0 -o out";
+    lab.refuses(line, INPUT, &["model.layers.1.self_attn.q_proj.weight:", rows]);
 }
 
 #[test]
@@ -407,10 +416,12 @@ fn a_head_that_is_the_embedding() {
 #[test]
 fn problems_are_known_from_a_dry_run() {
     let lab = Lab::with_tiny();
-    fs::create_dir(lab.path("there")).unwrap();
-    let line = "quantize tiny --method rtn --group-size 72 --skip *.w1 --dry-run -o there";
-    let words = ["group size 72 for rows of 64", "\"*.w1\" matches no linear", "there exists"];
+    let line = "quantize tiny --method rtn --group-size 72 --skip *.w1 --dry-run -o out";
+    let words = ["group size 72 for rows of 64", "\"*.w1\" matches no linear"];
     lab.refuses(line, INPUT, &words);
+    fs::create_dir(lab.path("there")).unwrap();
+    let line = quantize("tiny").replace("-o out", "--dry-run -o there");
+    lab.refuses(&line, OUTPUT, &["there exists already", "--force"]);
     assert!(entries(&lab.path("there")).is_empty());
 }
 
@@ -425,6 +436,28 @@ fn more_tokens_than_fit_are_no_reason_to_fail() {
     let lab = Lab::with_tiny();
     let all = u64::MAX;
     lab.ok(&format!("generate tiny --prompt hi --ctx 16 --max-tokens {all}"));
+}
+
+/// Templates come with models; what they may take is bounded.
+#[test]
+#[cfg(target_os = "linux")]
+fn templates_without_bounds() {
+    let cases = [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 'a' * 100000000000 }}",
+        "{{ messages | tojson | indent(100000000000) }}",
+        "{{ messages | tojson(indent=100000000000) }}",
+    ];
+    for template in cases {
+        let lab = damaged(|folder| {
+            fs::write(folder.join("chat_template.jinja"), template).unwrap();
+        });
+        let line = "generate bad --prompt a --max-tokens 1";
+        let run = Run::of(line, lab.limited("-v 4194304", line));
+        assert_eq!(run.code, Some(INPUT), "{template}: {run:?}");
+        assert!(run.stderr.contains("chat template"), "{template}: {run:?}");
+    }
 }
 
 #[test]
@@ -532,7 +565,8 @@ fn a_forced_run_that_fails_leaves_the_old_output() {
 /// What is replaced is the output, never what happens to stand beside it.
 #[test]
 fn force_touches_no_neighbour() {
-    const NEIGHBOURS: [&str; 3] = ["there.replaced", "there.v1.replaced", "there.v2"];
+    const NEIGHBOURS: [&str; 4] =
+        ["there.replaced", "there.v1.replaced", "there.v2", "there.v1.partial-replaced"];
     let lab = Lab::with_tiny();
     for neighbour in NEIGHBOURS {
         fs::create_dir(lab.path(neighbour)).unwrap();
@@ -553,10 +587,26 @@ fn force_touches_no_neighbour() {
     lab.ok("verify there.replaced --reference tiny");
 }
 
-/// A forced output replaces a folder by its name; one without a name is no output.
+/// An output in the place of its source, or of a folder around it, would destroy the source.
+#[test]
+fn an_output_in_the_place_of_the_model() {
+    let lab = Lab::with_tiny();
+    lab.copy("tiny", "copy");
+    for line in [
+        quantize("tiny").replace("-o out", "-o tiny --force"),
+        quantize("tiny").replace("-o out", "-o ./copy/../tiny/ --force"),
+        "convert tiny tiny --force".to_string(),
+    ] {
+        lab.refuses(&line, USAGE, &["tiny", "is the model itself", "another output"]);
+        assert_same(&lab.path("tiny"), &lab.path("copy"));
+    }
+}
+
+/// A forced output replaces a folder by its name; one without a name is no output, and neither is
+/// one that the model lies in.
 #[test]
 fn force_never_empties_the_working_folder() {
-    for out in [".", "..", "inner/.."] {
+    for out in [".", "..", "inner/..", "../work", "../../outer"] {
         let lab = Lab::empty();
         for folder in ["outer", "outer/work", "outer/work/inner"] {
             fs::create_dir(lab.path(folder)).unwrap();

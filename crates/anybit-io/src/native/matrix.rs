@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::safetensors_file::{FileDtype, PlannedTensor, RawTensor};
 use crate::{Checkpoint, IoError, Result};
 
+/// No matrix is longer or wider; a manifest that says so is damaged.
+const MAX_SIDE: usize = 1 << 28;
+
 /// One plane of a packed matrix.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlaneRecord {
@@ -129,21 +132,27 @@ impl QuantizedRecord {
         self.load_with(tensor, |name| checkpoint.raw(name))
     }
 
-    /// [`Self::load`] from parts that `find` finds by name.
+    /// The stored parts of the matrix `tensor`, in the order in which they are hashed.
     ///
     /// # Errors
-    /// As [`Self::load`].
-    pub fn load_with<'a>(
+    /// A record that describes no matrix, missing parts, or parts of another shape.
+    pub fn find_parts<'a>(
         &self,
         tensor: &str,
         find: impl Fn(&str) -> Result<&'a RawTensor>,
-    ) -> Result<QuantizedMatrix> {
+    ) -> Result<Vec<&'a RawTensor>> {
         let fail = |source| IoError::Matrix { name: tensor.to_string(), source };
         if self.column_groups == 0 {
             let (expected, found) = ("at least 1".into(), "0".into());
             return Err(fail(CoreError::Shape { what: "column groups", expected, found }));
         }
         for p in &self.planes {
+            let (rows, cols) = (p.rows, p.cols);
+            if rows > MAX_SIDE || cols > MAX_SIDE {
+                let expected = format!("sides of at most {MAX_SIDE}");
+                let found = format!("{rows}×{cols}");
+                return Err(fail(CoreError::Shape { what: "plane", expected, found }));
+            }
             p.grid.validate(p.cols).map_err(fail)?;
         }
         let mut raw = Vec::new();
@@ -159,7 +168,20 @@ impl QuantizedRecord {
             }
             raw.push(found);
         }
-        let mut raw = raw.into_iter();
+        Ok(raw)
+    }
+
+    /// [`Self::load`] from parts that `find` finds by name.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_with<'a>(
+        &self,
+        tensor: &str,
+        find: impl Fn(&str) -> Result<&'a RawTensor>,
+    ) -> Result<QuantizedMatrix> {
+        let fail = |source| IoError::Matrix { name: tensor.to_string(), source };
+        let mut raw = self.find_parts(tensor, find)?.into_iter();
         // `parts` listed exactly what is taken here, in this order.
         let mut next = || raw.next().map(RawTensor::bytes).unwrap_or_default();
         let mut planes = Vec::new();

@@ -90,18 +90,19 @@ impl Manifest {
     /// Embeddings and head are not among them.
     pub fn bits_per_weight(&self) -> (f64, f64) {
         let in_blocks = |name: &str| name.contains(".layers.");
-        let (mut weights, mut codes, mut total) = (0u64, 0u64, 0u64);
+        // In f64: a damaged manifest may say anything, and nothing here overflows.
+        let (mut weights, mut codes, mut total) = (0f64, 0f64, 0f64);
         for (_, r) in self.quantized.iter().filter(|(name, _)| in_blocks(name)) {
-            weights += (r.rows * r.cols) as u64;
-            codes += r.code_bits;
-            total += r.bytes * 8;
+            weights += r.rows as f64 * r.cols as f64;
+            codes += r.code_bits as f64;
+            total += r.bytes as f64 * 8.0;
         }
         for (_, r) in self.dense.iter().filter(|(n, r)| in_blocks(n) && r.shape.len() == 2) {
-            weights += r.shape.iter().product::<usize>() as u64;
-            codes += r.bytes * 8;
-            total += r.bytes * 8;
+            weights += r.shape.iter().map(|d| *d as f64).product::<f64>();
+            codes += r.bytes as f64 * 8.0;
+            total += r.bytes as f64 * 8.0;
         }
-        let weights = weights.max(1) as f64;
-        (codes as f64 / weights, total as f64 / weights)
+        let weights = weights.max(1.0);
+        (codes / weights, total / weights)
     }
 }

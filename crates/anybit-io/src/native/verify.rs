@@ -3,7 +3,7 @@
 use anybit_core::{Matrix, RowSource};
 use serde::Serialize;
 
-use super::{QuantizedRecord, part_bytes};
+use super::QuantizedRecord;
 use crate::{Checkpoint, IoError, Result};
 
 /// Something that is not as the manifest says.
@@ -75,8 +75,8 @@ fn check_matrix(
     record: &QuantizedRecord,
 ) -> Result<Option<String>> {
     let matrix = record.load(name, checkpoint)?;
-    let parts = part_bytes(&matrix);
-    if QuantizedRecord::hash(parts.iter().map(Vec::as_slice)) != record.blake3 {
+    let parts = record.find_parts(name, |part| checkpoint.raw(part))?;
+    if QuantizedRecord::hash(parts.iter().map(|p| p.bytes())) != record.blake3 {
         return Ok(Some("its bytes do not match the recorded hash".into()));
     }
     if (matrix.bytes().1 as u64, matrix.code_bits()) != (record.bytes, record.code_bits) {

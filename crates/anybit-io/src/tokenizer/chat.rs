@@ -38,6 +38,12 @@ impl Message {
 /// that a hostile template ends within a second.
 const FUEL: u64 = 10_000_000;
 
+/// A run of nine digits or more. Fuel counts instructions, but `'a' * 10000000000` is a single one
+/// that asks for all the memory there is.
+fn long_number(source: &str) -> Option<&str> {
+    source.split(|c: char| !c.is_ascii_digit()).find(|digits| digits.len() >= 9)
+}
+
 /// A parsed chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -62,6 +68,10 @@ impl ChatTemplate {
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
+        if let Some(number) = long_number(source) {
+            let what = format!("the template holds the number {number}; no conversation needs it");
+            return Err(IoError::Template { what });
+        }
         let source = without_generation_tags(source).into_owned();
         environment.add_template_owned(NAME, source).map_err(|e| failed(&e))?;
         Ok(Self { environment, bos: bos.map(str::to_owned), eos: eos.map(str::to_owned) })

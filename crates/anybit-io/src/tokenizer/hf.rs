@@ -20,10 +20,22 @@ use crate::{IoError, Result};
 /// Merges that are no pairs or make no token, templates with unknown tokens, a decoder that
 /// strips the end of a text.
 pub(super) fn check(json: &Value, path: &Path) -> Result<()> {
+    check_ids(json, path)?;
     check_merges(&json["model"], path)?;
     for stage in stages(&json["post_processor"], "processors") {
         if stage["type"] == "TemplateProcessing" {
             check_template(stage, path)?;
+        }
+    }
+    for stage in stages(&json["pre_tokenizer"], "pretokenizers") {
+        if stage["type"] == "FixedLength" && stage["length"].as_u64().is_none_or(|l| l == 0) {
+            return Err(IoError::damaged(path, "a pre-tokenizer cuts the text into pieces of 0"));
+        }
+    }
+    for stage in stages(&json["normalizer"], "normalizers") {
+        if stage["type"] == "Precompiled" {
+            let what = "a precompiled normalizer is not supported";
+            return Err(IoError::unsupported(path, what));
         }
     }
     for stage in stages(&json["decoder"], "decoders") {
@@ -33,6 +45,17 @@ pub(super) fn check(json: &Value, path: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Ids beyond any vocabulary would make the crate count up to them.
+fn check_ids(json: &Value, path: &Path) -> Result<()> {
+    const MAX_ID: u64 = 1 << 24;
+    let vocab = json["model"]["vocab"].as_object().into_iter().flatten().map(|(_, id)| id);
+    let added = json["added_tokens"].as_array().into_iter().flatten().map(|t| &t["id"]);
+    match vocab.chain(added).find(|id| id.as_u64().is_some_and(|id| id > MAX_ID)) {
+        Some(id) => Err(IoError::damaged(path, format!("a token has the id {id}"))),
+        None => Ok(()),
+    }
 }
 
 fn check_merges(model: &Value, path: &Path) -> Result<()> {

@@ -107,7 +107,7 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
         }
         None => tokenizer.encode(&prompt, true)?,
     };
-    let needed = tokens.len() + args.max_tokens;
+    let needed = tokens.len().saturating_add(args.max_tokens);
     let context = args.ctx.unwrap_or(checkpoint.config.max_positions).min(needed.max(1));
     let decoder = Decoder::load(&checkpoint, context)?;
     let mut session = Session::new(&decoder, context);

@@ -59,7 +59,7 @@ fn tensors(checkpoint: &Checkpoint) -> Result<Vec<Value>> {
         let record = checkpoint.manifest().and_then(|m| m.quantized.get(&name));
         rows.push(match record {
             Some(r) => {
-                let weights = (r.rows * r.cols) as f64;
+                let weights = r.rows as f64 * r.cols as f64;
                 json!({
                     "name": name, "shape": shape, "type": r.method,
                     "bits": r.code_bits as f64 / weights,
