@@ -101,6 +101,7 @@ pub fn free_space(_path: &Path) -> Option<u64> {
 pub struct PartialFolder {
     path: PathBuf,
     target: PathBuf,
+    force: bool,
     keep: bool,
     finished: bool,
     _lock: File,
@@ -110,8 +111,10 @@ impl PartialFolder {
     /// Starts (or, with `resume`, continues) the folder that will become `target`.
     ///
     /// # Errors
-    /// The folder cannot be written, or another process is writing it.
-    pub fn create(target: &Path, resume: bool) -> Result<Self> {
+    /// The output exists and may not be replaced (`force`), the folder cannot be written, or
+    /// another process is writing it.
+    pub fn create(target: &Path, resume: bool, force: bool) -> Result<Self> {
+        check_absent(target, force)?;
         let path = partial_path(target);
         let fail = |e| IoError::file("create", &path, e);
         let fresh = !path.exists();
@@ -133,7 +136,7 @@ impl PartialFolder {
             }
         }
         let (target, keep) = (target.to_owned(), resume && !fresh);
-        Ok(Self { path, target, keep, finished: false, _lock: lock })
+        Ok(Self { path, target, force, keep, finished: false, _lock: lock })
     }
 
     /// Where files go for now.
@@ -146,9 +149,9 @@ impl PartialFolder {
         self.keep = true;
     }
 
-    /// Whether the folder will survive an error.
-    pub fn is_kept(&self) -> bool {
-        self.keep
+    /// From now on the folder does not survive an error: nothing is left to resume.
+    pub fn discard(&mut self) {
+        self.keep = false;
     }
 
     /// Moves the folder to its place, replacing what is there.
@@ -156,6 +159,8 @@ impl PartialFolder {
     /// # Errors
     /// What the operating system refuses.
     pub fn finish(mut self) -> Result<()> {
+        // Another run may have finished meanwhile.
+        check_absent(&self.target, self.force)?;
         let fail = |e| IoError::file("create", &self.target, e);
         let _ = fs::remove_file(self.path.join("lock"));
         let old = with_suffix(&self.target, ".partial-replaced");
@@ -211,15 +216,15 @@ mod tests {
     fn folders_replace_whole_or_vanish() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("out");
-        let folder = PartialFolder::create(&target, false).unwrap();
+        let folder = PartialFolder::create(&target, false, false).unwrap();
         write_bytes(&folder.path().join("x"), b"1").unwrap();
-        assert!(PartialFolder::create(&target, true).is_err(), "locked");
+        assert!(PartialFolder::create(&target, true, false).is_err(), "locked");
         folder.finish().unwrap();
         assert_eq!(fs::read(target.join("x")).unwrap(), b"1");
         assert!(check_absent(&target, false).is_err() && check_absent(&target, true).is_ok());
-        drop(PartialFolder::create(&target, false).unwrap());
+        drop(PartialFolder::create(&target, false, true).unwrap());
         assert!(!partial_path(&target).exists());
-        let mut kept = PartialFolder::create(&target, false).unwrap();
+        let mut kept = PartialFolder::create(&target, false, true).unwrap();
         kept.keep();
         drop(kept);
         assert!(partial_path(&target).exists());

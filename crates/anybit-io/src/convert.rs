@@ -65,7 +65,7 @@ pub fn to_folder(
     check_absent(out, options.force)?;
     check_space(out, total)?;
     source.check_finite()?;
-    let folder = PartialFolder::create(out, false)?;
+    let folder = PartialFolder::create(out, false, options.force)?;
     let off_grid = options.off_grid.map(|(sigma, seed)| OffGrid::new(&source.config, sigma, seed));
     let mut done = 0;
     for file in &layouts {
@@ -116,7 +116,7 @@ fn write_tensor(
         if let Some(at) = overflow(dtype, &values) {
             return Err(IoError::NotFinite {
                 path: source.path.clone(),
-                name: format!("{} as f16", tensor.name),
+                name: format!("{} as {dtype:?}", tensor.name),
                 index: first * cols + at,
                 value: values[at],
             });
@@ -130,9 +130,12 @@ fn write_tensor(
 }
 
 fn overflow(dtype: Dtype, values: &[f32]) -> Option<usize> {
-    (dtype == Dtype::F16)
-        .then(|| values.iter().position(|v| f16::from_f32(*v).is_infinite()))
-        .flatten()
+    let overflows = |v: &f32| match dtype {
+        Dtype::F16 => f16::from_f32(*v).is_infinite(),
+        Dtype::BF16 => bf16::from_f32(*v).is_infinite(),
+        _ => false,
+    };
+    values.iter().position(overflows)
 }
 
 /// Rounds f32 values to `dtype` (F32, F16 or BF16), little-endian, replacing `bytes`.

@@ -73,7 +73,7 @@ pub fn write(
     let total = layouts.iter().map(|l| l.file_bytes()).sum();
     check_absent(out, force)?;
     check_space(out, total)?;
-    let folder = PartialFolder::create(out, false)?;
+    let folder = PartialFolder::create(out, false, force)?;
     let mut done = 0;
     for file in &layouts {
         file.write(folder.path(), |tensor, out| {

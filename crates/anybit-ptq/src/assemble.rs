@@ -65,7 +65,7 @@ pub fn write(
         format_minor: FORMAT_MINOR,
         anybit_version: env!("CARGO_PKG_VERSION").into(),
         base_model: base_name(checkpoint),
-        recipe: json!(recipe),
+        recipe: json!(recipe.published()),
         calibration: calibration.description.clone(),
         quantized: journal.records().clone(),
         dense,

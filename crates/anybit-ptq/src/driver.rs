@@ -92,12 +92,13 @@ pub fn quantize(
     let tokens: [&[Vec<u32>]; 2] = [&calibration.sequences, &options.monitor];
     check_tokens(checkpoint, &tokens)?;
     let identity = Identity::new(recipe, checkpoint, &tokens)?;
-    let mut folder = PartialFolder::create(&options.out, options.resume)?;
+    let mut folder = PartialFolder::create(&options.out, options.resume, options.force)?;
     let journal = Journal::open(folder.path(), identity, options.resume)?;
     let mut run = Run { checkpoint, plan, method, journal };
     let monitored = run.blocks(calibration, options, &mut folder, observe)?;
     let blocks = run.journal.blocks().to_vec();
     assemble::write(checkpoint, recipe, plan, calibration, run.journal, folder.path(), observe)?;
+    folder.discard();
     Ok(Quantized { blocks, monitored, weight_bytes: plan.weight_bytes(), folder })
 }
 

@@ -31,7 +31,7 @@ use crate::{PtqError, Recipe, Result};
 pub struct Identity {
     /// The resolved recipe.
     pub recipe: Recipe,
-    /// Hash of the source's headers and of samples of its tensors.
+    /// Hash of the source's configuration and tensors.
     pub source: String,
     /// Hash of the token sequences.
     pub tokens: String,
@@ -48,8 +48,9 @@ impl Identity {
         for (name, shape) in checkpoint.config.tensors() {
             let tensor = checkpoint.tensor(&name)?;
             hasher.update(format!("{name} {shape:?} {:?}", tensor.dtype).as_bytes());
-            let bytes = tensor.bytes();
-            hasher.update(&bytes[..bytes.len().min(1 << 16)]);
+            for part in tensor.bytes().chunks(1 << 24) {
+                hasher.update(part);
+            }
             tensor.release();
         }
         let source = hasher.finalize().to_hex().to_string();
@@ -205,11 +206,12 @@ impl Journal {
 
     /// Removes everything that belongs to the journal.
     pub fn remove(self) {
+        // First of all: a journal without its files could not be resumed.
+        let _ = fs::remove_file(self.folder.join("journal.json"));
         let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
         for path in entries.map(|e| e.path()) {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let ours = name == "journal.json"
-                || name.starts_with("block-")
+            let ours = name.starts_with("block-")
                 || name.starts_with("inputs-")
                 || name == "embedding.safetensors"
                 || name == "head.safetensors";

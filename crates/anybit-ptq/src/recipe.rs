@@ -176,6 +176,18 @@ impl Recipe {
         Ok(())
     }
 
+    /// The recipe as it is published: texts by the names of their files, since their folders say
+    /// more about a machine than about a model.
+    pub fn published(&self) -> Self {
+        let mut recipe = self.clone();
+        for data in &mut recipe.calibration.data {
+            if let Some(name) = Path::new(data.as_str()).file_name() {
+                *data = name.to_string_lossy().into_owned();
+            }
+        }
+        recipe
+    }
+
     /// Settings of the linear `name` (without `.weight`), or `None` when it is skipped.
     pub fn settings(&self, name: &str) -> Option<LinearSettings> {
         if self.skip.iter().any(|p| matches(p, name)) {

@@ -198,7 +198,7 @@ fn report(
         base_model: manifest.base_model.clone(),
         method: recipe.method.clone(),
         method_summary: method.map_or(String::new(), |m| m.summary().to_string()),
-        recipe_toml: toml::to_string(recipe).unwrap_or_default(),
+        recipe_toml: toml::to_string(&recipe.published()).unwrap_or_default(),
         command: None,
         calibration: manifest.calibration.clone(),
         bits_per_weight_codes: codes,

@@ -132,7 +132,7 @@ fn threads_do_not_matter_for_scores() {
 #[test]
 fn an_output_that_another_process_is_writing() {
     let lab = Lab::with_tiny();
-    let held = PartialFolder::create(&lab.path("out"), false).unwrap();
+    let held = PartialFolder::create(&lab.path("out"), false, false).unwrap();
     fs::write(held.path().join("block-000.safetensors"), "theirs").unwrap();
     let lines = [
         format!("quantize tiny {QUICK} -o out"),

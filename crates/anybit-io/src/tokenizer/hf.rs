@@ -20,6 +20,11 @@ use crate::{IoError, Result};
 /// Merges that are no pairs or make no token, templates with unknown tokens, a decoder that
 /// strips the end of a text.
 pub(super) fn check(json: &Value, path: &Path) -> Result<()> {
+    if json["model"]["dropout"].as_f64().is_some_and(|p| p != 0.0) {
+        let what = "a tokenizer with dropout cuts the same text differently each time; set \
+                    \"dropout\" to null";
+        return Err(IoError::unsupported(path, what));
+    }
     check_ids(json, path)?;
     check_merges(&json["model"], path)?;
     for stage in stages(&json["post_processor"], "processors") {
