@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use anybit_core::linalg::{View, matmul_into};
+use anybit_kernels::DisjointMut;
 use anybit_kernels::activation::exp;
 use rayon::prelude::*;
 
@@ -13,44 +14,6 @@ use rayon::prelude::*;
 pub(crate) const CHUNK: usize = 1 << 14;
 /// Rows whose contributions one task of [`sum_rows`] adds up.
 const SUM_ROWS: usize = 64;
-
-/// Pointer to a buffer of which every task writes its own disjoint part.
-#[derive(Clone, Copy)]
-pub(crate) struct Disjoint(*mut f32);
-// SAFETY: tasks write disjoint elements and read none of the others'.
-unsafe impl Send for Disjoint {}
-// SAFETY: as above.
-unsafe impl Sync for Disjoint {}
-
-impl Disjoint {
-    /// Points to the start of `data`, which nothing else may touch meanwhile.
-    pub fn new(data: &mut [f32]) -> Self {
-        Self(data.as_mut_ptr())
-    }
-
-    /// The element at `offset`.
-    ///
-    /// # Safety
-    /// `offset` must lie inside the buffer, and what is written from there must be this task's.
-    pub unsafe fn at(self, offset: usize) -> *mut f32 {
-        // SAFETY: the caller's contract.
-        unsafe { self.0.add(offset) }
-    }
-}
-
-/// Runs `f` with this thread's scratch buffer, `len` values of no meaning. `f` must not start
-/// parallel work: this thread could take up a task that asks for the scratch again.
-pub(crate) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    thread_local! {
-        static SCRATCH: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
-    }
-    SCRATCH.with_borrow_mut(|buffer| {
-        if buffer.len() < len {
-            buffer.resize(len, 0.0);
-        }
-        f(&mut buffer[..len])
-    })
-}
 
 /// A whole row-major matrix as one side of a product, possibly read as its transpose.
 #[derive(Clone, Copy)]
@@ -114,7 +77,7 @@ pub(crate) fn product(dst: &mut [f32], accumulate: bool, lhs: Operand<'_>, rhs: 
     let (most_rows, most_cols) = if m * n <= 1 << 18 { (128, 192) } else { (256, 384) };
     let (rows, cols) = (even_tile(m, most_rows), even_tile(n, most_cols));
     let across = n.div_ceil(cols);
-    let dst = Disjoint::new(dst);
+    let dst = DisjointMut::new(dst);
     let one_tile = |tile: usize| {
         let (i, j) = (tile / across * rows, tile % across * cols);
         let (lhs, rhs) = (lhs.rows(i..(i + rows).min(m)), rhs.cols(j..(j + cols).min(n)));

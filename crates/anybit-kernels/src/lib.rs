@@ -19,9 +19,10 @@ pub use rope::RopeTable;
 
 /// Pointer to a buffer of which every task writes its own disjoint part.
 #[derive(Clone, Copy)]
-pub(crate) struct DisjointMut(*mut f32);
+pub struct DisjointMut(*mut f32);
 
 impl DisjointMut {
+    /// Points to the start of `buffer`, which nothing else may touch meanwhile.
     pub fn new(buffer: &mut [f32]) -> Self {
         Self(buffer.as_mut_ptr())
     }
@@ -42,8 +43,10 @@ unsafe impl Send for DisjointMut {}
 // SAFETY: as above.
 unsafe impl Sync for DisjointMut {}
 
-/// Runs `f` with this thread's scratch buffer, at least `len` long. Grown once, reused for ever.
-pub(crate) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+/// Runs `f` with this thread's scratch buffer, `len` values of no meaning. Grown once, reused for
+/// ever. `f` must not start parallel work: this thread could take up a task that asks for the
+/// scratch again.
+pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     thread_local! {
         static SCRATCH: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
     }

@@ -492,7 +492,10 @@ fn one_flipped_bit_anywhere_is_found() {
                 let at = if at_end { bytes.len() - 2 } else { 0 };
                 bytes[at] ^= 1;
             });
-            found(&lab, "bad", None, tensor, "");
+            // The last zero points of a row leave padding, which is checked before the hash.
+            let padding = at_end && part.contains(".zeros.");
+            let reason = if padding { "out of range" } else { "recorded hash" };
+            found(&lab, "bad", None, tensor, reason);
         }
     }
 }

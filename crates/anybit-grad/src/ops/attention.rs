@@ -9,10 +9,11 @@ use std::ops::Range;
 use anybit_core::linalg::{View, matmul, matmul_into};
 use anybit_kernels::activation::exp;
 use anybit_kernels::linear::dot;
+use anybit_kernels::{DisjointMut, with_scratch};
 use rayon::prelude::*;
 
 use crate::tape::{Pass, Slot};
-use crate::tiles::{Disjoint, softmax_lse, with_scratch};
+use crate::tiles::softmax_lse;
 use crate::{Tape, Tensor, Var};
 
 /// Queries of a block.
@@ -148,7 +149,7 @@ impl Block<'_> {
 fn forward(q: &[f32], k: &[f32], v: &[f32], s: &AttentionSpec, y: &mut [f32], lse: &mut [f32]) {
     let blocks = s.blocks();
     let tasks = lse.len() / s.seqlen.max(1) * blocks;
-    let (y, lse) = (Disjoint::new(y), Disjoint::new(lse));
+    let (y, lse) = (DisjointMut::new(y), DisjointMut::new(lse));
     (0..tasks).into_par_iter().for_each(|task| {
         let block = s.block(task / blocks, task % blocks);
         with_scratch(block.count * block.span, |p| {
@@ -183,7 +184,7 @@ struct Saved<'a> {
 fn backward(a: &Saved<'_>, s: &AttentionSpec, dq: &mut Slot, dk: &mut [f32], dv: &mut [f32]) {
     let size = s.seqlen * s.head_dim;
     let accumulate = dq.accumulate;
-    let dq = Disjoint::new(&mut dq.data);
+    let dq = DisjointMut::new(&mut dq.data);
     let lanes = dk.par_chunks_mut(size).zip(dv.par_chunks_mut(size));
     lanes.enumerate().for_each(|(lane, (dk, dv))| {
         dk.fill(0.0);

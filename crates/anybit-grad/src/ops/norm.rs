@@ -2,11 +2,11 @@
 //! stream is one group per token, queries and keys of Qwen3 one group per head.
 
 use anybit_kernels::linear::dot;
-use anybit_kernels::rms_norm;
+use anybit_kernels::{rms_norm, with_scratch};
 use rayon::prelude::*;
 
 use crate::tape::{Pass, Slot};
-use crate::tiles::{sum_rows, with_scratch};
+use crate::tiles::sum_rows;
 use crate::{Tape, Tensor, Var};
 
 /// Groups that one task handles.
