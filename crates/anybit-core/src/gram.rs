@@ -58,6 +58,21 @@ impl Gram {
         });
     }
 
+    /// Adds `Σ_t s_t x_tᵀ x_t` for `x`, `[tokens, n]`, and one weight `s ≥ 0` per token.
+    ///
+    /// # Panics
+    /// When there are not as many weights as tokens.
+    pub fn add_weighted(&mut self, x: &[f32], weights: &[f32]) {
+        assert_eq!(x.len(), weights.len() * self.n, "one weight per token is needed");
+        let mut scaled = vec![0f32; x.len()];
+        let rows = scaled.par_chunks_exact_mut(self.n.max(1)).zip(x.par_chunks_exact(self.n.max(1)));
+        rows.zip(weights.par_iter()).for_each(|((out, x), weight)| {
+            let root = weight.sqrt();
+            out.iter_mut().zip(x).for_each(|(out, x)| *out = root * x);
+        });
+        self.add(&scaled);
+    }
+
     /// `H[i, j]`.
     #[inline]
     pub fn at(&self, i: usize, j: usize) -> f32 {
@@ -92,6 +107,11 @@ impl Gram {
 
     /// `tr(R H Rᵀ)`: the summed output error of the weight error `r`, `[rows, n]`.
     pub fn trace(&self, r: &Matrix) -> f64 {
+        self.row_errors(r).iter().sum()
+    }
+
+    /// `r_i H r_iᵀ` of each row of `r`, `[rows, n]`.
+    pub fn row_errors(&self, r: &Matrix) -> Vec<f64> {
         let n = self.n;
         // R H Rᵀ = 2 R U Rᵀ − R D Rᵀ with the upper triangle U of H and its diagonal D: the lower
         // half of diagonal tiles is filled too and has to go.
@@ -100,7 +120,7 @@ impl Gram {
             upper[i * n..i * n + i].fill(0.0);
             upper[i * n + i] *= 0.5;
         }
-        let rows: Vec<f64> = r
+        let chunks: Vec<Vec<f64>> = r
             .data
             .par_chunks(TILE * n.max(1))
             .map(|r| {
@@ -108,25 +128,61 @@ impl Gram {
                 let mut product = vec![0f32; r.len()];
                 let (lhs, rhs) = (View::rows(r, rows, n, n), View::rows(&upper, n, n, n));
                 matmul(&mut product, n, false, 2.0, lhs, rhs);
-                product.iter().zip(r).map(|(p, r)| *p as f64 * *r as f64).sum()
+                let rows = product.chunks_exact(n).zip(r.chunks_exact(n));
+                rows.map(|(p, r)| p.iter().zip(r).map(|(p, r)| *p as f64 * *r as f64).sum())
+                    .collect()
             })
             .collect();
-        rows.iter().sum()
+        chunks.concat()
+    }
+
+    /// Adds `values` to the diagonal.
+    pub fn add_diagonal(&mut self, values: &[f32]) {
+        values.iter().enumerate().for_each(|(i, v)| self.upper[i * self.n + i] += v);
     }
 
     /// `Σ_ij r_i H_ij r_j` in f64: the squared output error of a row's weight error `r`, summed
     /// over tokens.
     pub fn quad(&self, r: &[f32]) -> f64 {
+        self.quad_at(0, r)
+    }
+
+    /// [`Self::quad`] of an error in the channels from `start` on, and none elsewhere.
+    pub fn quad_at(&self, start: usize, r: &[f32]) -> f64 {
         let mut total = 0f64;
         for (i, &ri) in r.iter().enumerate() {
-            let row = &self.upper[i * self.n..(i + 1) * self.n];
+            let at = (start + i) * self.n + start + i;
+            let row = &self.upper[at..at + r.len() - i];
             let mut cross = 0f64;
-            for (h, rj) in row[i + 1..].iter().zip(&r[i + 1..]) {
+            for (h, rj) in row[1..].iter().zip(&r[i + 1..]) {
                 cross += *h as f64 * *rj as f64;
             }
-            total += ri as f64 * (row[i] as f64 * ri as f64 + 2.0 * cross);
+            total += ri as f64 * (row[0] as f64 * ri as f64 + 2.0 * cross);
         }
         total
+    }
+
+    /// All entries of the upper triangle, row after row, and the number of tokens: what
+    /// [`Self::from_upper`] takes.
+    pub fn to_upper(&self) -> (Vec<f32>, usize) {
+        let rows = (0..self.n).map(|i| &self.upper[i * self.n + i..(i + 1) * self.n]);
+        (rows.collect::<Vec<_>>().concat(), self.tokens)
+    }
+
+    /// The matrix of an upper triangle, `n (n + 1) / 2` entries.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    pub fn from_upper(n: usize, entries: &[f32], tokens: usize) -> Self {
+        assert_eq!(entries.len(), n * (n + 1) / 2, "not an upper triangle");
+        let mut gram = Self { n, upper: vec![0.0; n * n], tokens };
+        let mut rest = entries;
+        for i in 0..n {
+            let (row, after) = rest.split_at(n - i);
+            gram.upper[i * n + i..(i + 1) * n].copy_from_slice(row);
+            rest = after;
+        }
+        gram
     }
 }
 

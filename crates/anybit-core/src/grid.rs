@@ -8,7 +8,8 @@
 //! | uniform, asymmetric | integer, stored with `b` bits | `(max − min) / (2^b − 1)`, range includes 0 |
 //! | half-integer | `(2^b − 1)/2` | 1 bit: `2·mean|w|`, else `2·max|w| / (2^b − 1)` |
 //!
-//! A codebook grid decodes as `value = c[u]`, one table of `2^b` centroids per row. Scales and
+//! A codebook grid decodes as `value = c[u]`, one table of `2^b` centroids per row; a shared
+//! codebook as `value = c[u]·s`, one table for the whole plane and a scale per group. Scales and
 //! centroids are stored as f16 and are rounded to f16 *before* any weight is put on the grid, so
 //! that what was simulated is what is stored.
 
@@ -42,6 +43,13 @@ pub enum GridSpec {
         /// Bits of a code, 1 to 8.
         bits: u8,
     },
+    /// A table of `2^bits` values for all rows of the plane, times a scale per group.
+    SharedCodebook {
+        /// Bits of a code, 1 to 8.
+        bits: u8,
+        /// Columns that share a scale; `None` for the whole row.
+        group_size: Option<usize>,
+    },
 }
 
 impl GridSpec {
@@ -59,17 +67,23 @@ impl GridSpec {
         match *self {
             Self::Uniform { bits, .. }
             | Self::HalfInteger { bits, .. }
+            | Self::SharedCodebook { bits, .. }
             | Self::Codebook { bits } => bits,
         }
     }
 
     /// Columns that share parameters in a row of `cols`.
     pub fn group_len(&self, cols: usize) -> usize {
+        self.group_size().unwrap_or(cols).max(1)
+    }
+
+    /// Columns that share a scale; `None` for the whole row.
+    pub fn group_size(&self) -> Option<usize> {
         match *self {
-            Self::Uniform { group_size, .. } | Self::HalfInteger { group_size, .. } => {
-                group_size.unwrap_or(cols).max(1)
-            }
-            Self::Codebook { .. } => cols.max(1),
+            Self::Uniform { group_size, .. }
+            | Self::HalfInteger { group_size, .. }
+            | Self::SharedCodebook { group_size, .. } => group_size,
+            Self::Codebook { .. } => None,
         }
     }
 
@@ -93,16 +107,13 @@ impl GridSpec {
             Self::Uniform { .. } => ("asymmetric uniform", 1),
             Self::HalfInteger { .. } => ("half-integer", 1),
             Self::Codebook { .. } => ("codebook", 1),
+            Self::SharedCodebook { .. } => ("shared codebook", 1),
         };
         let bits = self.bits();
         if !(min..=8).contains(&bits) {
             return Err(CoreError::Bits { bits, grid, min, max: 8 });
         }
-        let group_size = match *self {
-            Self::Uniform { group_size, .. } | Self::HalfInteger { group_size, .. } => group_size,
-            Self::Codebook { .. } => None,
-        };
-        match group_size {
+        match self.group_size() {
             Some(g) if g == 0 || g % 8 != 0 || g > cols => {
                 Err(CoreError::GroupSize { group_size: g, cols })
             }
@@ -115,7 +126,7 @@ impl GridSpec {
         match *self {
             Self::Uniform { bits, .. } => (1u32 << (bits - 1)) as f32,
             Self::HalfInteger { bits, .. } => ((1u32 << bits) - 1) as f32 / 2.0,
-            Self::Codebook { .. } => 0.0,
+            Self::Codebook { .. } | Self::SharedCodebook { .. } => 0.0,
         }
     }
 }

@@ -26,9 +26,12 @@ pub mod matrix;
 pub mod quantized;
 pub mod rng;
 pub mod rounding;
+pub mod shared_codebook;
+pub mod sparse;
 
 pub use error::{CoreError, Result};
 pub use gram::Gram;
 pub use grid::{GridSpec, GroupGrid, ScaleFit};
 pub use matrix::{Matrix, RowSource};
-pub use quantized::{Plane, QuantizedMatrix};
+pub use quantized::{Plane, PlaneLengths, QuantizedMatrix};
+pub use sparse::Sparse;

@@ -11,7 +11,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::bitstream::{pack_row, padding_is_zero, unpack_row, words_per_row};
-use crate::{CoreError, GridSpec, Matrix, Result, RowSource};
+use crate::{CoreError, GridSpec, Matrix, Result, RowSource, Sparse};
 
 /// Packed codes and parameters of one plane.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,22 +24,40 @@ pub struct Plane {
     pub grid: GridSpec,
     /// Bit streams, `[rows, words_per_row]`.
     pub codes: Vec<u32>,
-    /// Affine grids: f16 scales, `[rows, groups]`. Codebooks: f16 centroids, `[rows, 2^bits]`.
+    /// Codebooks: f16 centroids, `[rows, 2^bits]`. All other grids: f16 scales, `[rows, groups]`.
     pub scales: Vec<f16>,
     /// Zero points as bit streams, `[rows, words_per_row(groups)]`; empty when implied.
     pub zeros: Vec<u32>,
+    /// The f16 centroids of a shared codebook, `[2^bits]`; empty for other grids.
+    pub table: Vec<f16>,
+}
+
+/// Lengths of a plane's parts: the layout of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlaneLengths {
+    /// Words of codes.
+    pub codes: usize,
+    /// Scales or centroids.
+    pub scales: usize,
+    /// Words of zero points.
+    pub zeros: usize,
+    /// Centroids of a shared codebook.
+    pub table: usize,
 }
 
 impl Plane {
-    /// Lengths of `codes`, `scales` and `zeros` for a plane of this shape: the layout of the file.
-    pub fn lengths(grid: GridSpec, rows: usize, cols: usize) -> [usize; 3] {
+    /// Lengths of the parts of a plane of this shape.
+    pub fn lengths(grid: GridSpec, rows: usize, cols: usize) -> PlaneLengths {
         let groups = grid.groups(cols);
-        let per_row = match grid {
-            GridSpec::Codebook { bits } => 1usize << bits,
-            _ => groups,
-        };
+        let entries = 1usize << grid.bits();
+        let per_row = if matches!(grid, GridSpec::Codebook { .. }) { entries } else { groups };
         let zeros = if grid.has_zeros() { words_per_row(groups, grid.bits()) } else { 0 };
-        [rows * words_per_row(cols, grid.bits()), rows * per_row, rows * zeros]
+        PlaneLengths {
+            codes: rows * words_per_row(cols, grid.bits()),
+            scales: rows * per_row,
+            zeros: rows * zeros,
+            table: if matches!(grid, GridSpec::SharedCodebook { .. }) { entries } else { 0 },
+        }
     }
 
     /// An all-zero plane to be filled row by row.
@@ -48,9 +66,16 @@ impl Plane {
     /// What [`GridSpec::validate`] finds.
     pub fn empty(grid: GridSpec, rows: usize, cols: usize) -> Result<Self> {
         grid.validate(cols)?;
-        let [codes, scales, zeros] = Self::lengths(grid, rows, cols);
-        let (codes, scales, zeros) = (vec![0; codes], vec![f16::ZERO; scales], vec![0; zeros]);
-        Ok(Self { rows, cols, grid, codes, scales, zeros })
+        let lengths = Self::lengths(grid, rows, cols);
+        Ok(Self {
+            rows,
+            cols,
+            grid,
+            codes: vec![0; lengths.codes],
+            scales: vec![f16::ZERO; lengths.scales],
+            zeros: vec![0; lengths.zeros],
+            table: vec![f16::ZERO; lengths.table],
+        })
     }
 
     /// Rebuilds a plane from stored parts.
@@ -63,18 +88,24 @@ impl Plane {
         codes: Vec<u32>,
         scales: Vec<f16>,
         zeros: Vec<u32>,
+        table: Vec<f16>,
     ) -> Result<Self> {
         grid.validate(cols)?;
         let want = Self::lengths(grid, rows, cols);
-        let found = [codes.len(), scales.len(), zeros.len()];
+        let found = PlaneLengths {
+            codes: codes.len(),
+            scales: scales.len(),
+            zeros: zeros.len(),
+            table: table.len(),
+        };
         if want != found {
             return Err(CoreError::Shape {
-                what: "codes, scales and zeros of a plane",
+                what: "parts of a plane",
                 expected: format!("{want:?}"),
                 found: format!("{found:?}"),
             });
         }
-        let plane = Self { rows, cols, grid, codes, scales, zeros };
+        let plane = Self { rows, cols, grid, codes, scales, zeros, table };
         plane.check()?;
         Ok(plane)
     }
@@ -88,6 +119,10 @@ impl Plane {
                 col: at % per_row,
                 value: self.scales[at].to_string(),
             });
+        }
+        if let Some(col) = self.table.iter().position(|c| !c.is_finite()) {
+            let value = self.table[col].to_string();
+            return Err(CoreError::NotFinite { what: "shared codebook", row: 0, col, value });
         }
         let words = words_per_row(self.cols, self.grid.bits());
         for (row, stream) in self.codes.chunks_exact(words.max(1)).enumerate() {
@@ -107,7 +142,7 @@ impl Plane {
 
     /// Views of one row's mutable parts, for rounding rows in parallel.
     pub fn rows_mut(&mut self) -> impl IndexedParallelIterator<Item = PlaneRowMut<'_>> {
-        let [codes, scales, zeros] = Self::lengths(self.grid, 1, self.cols);
+        let PlaneLengths { codes, scales, zeros, .. } = Self::lengths(self.grid, 1, self.cols);
         let has_zeros = zeros > 0;
         // A stream of empty slices stands in for the zero points that this grid does not have.
         let zero_rows: Vec<&mut [u32]> = if has_zeros {
@@ -125,46 +160,48 @@ impl Plane {
 
     /// Decodes columns `[0, cols)` of row `row` into `out`.
     pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        let out = &mut out[..self.cols];
+        if let GridSpec::Codebook { bits } = self.grid {
+            let k = 1usize << bits;
+            let table = to_f32(&self.scales[row * k..(row + 1) * k]);
+            return self.decode_codes(row, 0, out, |u| table[u as usize]);
+        }
+        let table = to_f32(&self.table);
+        let group_len = self.grid.group_len(self.cols);
+        for (g, out) in out.chunks_mut(group_len).enumerate() {
+            let (scale, zero) = self.group(row, g);
+            match self.grid {
+                GridSpec::SharedCodebook { .. } => {
+                    self.decode_codes(row, g * group_len, out, |u| table[u as usize] * scale);
+                }
+                _ => self.decode_codes(row, g * group_len, out, |u| (u as f32 - zero) * scale),
+            }
+        }
+    }
+
+    /// Scale and zero point of a group.
+    fn group(&self, row: usize, g: usize) -> (f32, f32) {
+        let (bits, groups) = (self.grid.bits(), self.grid.groups(self.cols));
+        let scale = self.scales[row * groups + g].to_f32();
+        if !self.grid.has_zeros() {
+            return (scale, self.grid.implied_zero());
+        }
+        let words = words_per_row(groups, bits);
+        let mut zero = [0u8];
+        unpack_row(&self.zeros[row * words..(row + 1) * words], bits, g, &mut zero);
+        (scale, zero[0] as f32)
+    }
+
+    /// Decodes the codes from column `start` on.
+    fn decode_codes(&self, row: usize, start: usize, out: &mut [f32], value: impl Fn(u8) -> f32) {
         let bits = self.grid.bits();
-        let mut codes = [0u8; 256];
         let words = words_per_row(self.cols, bits);
         let stream = &self.codes[row * words..(row + 1) * words];
-        let group_len = self.grid.group_len(self.cols);
-        let groups = self.grid.groups(self.cols);
-        match self.grid {
-            GridSpec::Codebook { .. } => {
-                let k = 1usize << bits;
-                let table: Vec<f32> =
-                    self.scales[row * k..(row + 1) * k].iter().map(|c| c.to_f32()).collect();
-                for (chunk, out) in out[..self.cols].chunks_mut(256).enumerate() {
-                    let codes = &mut codes[..out.len()];
-                    unpack_row(stream, bits, chunk * 256, codes);
-                    for (o, &u) in out.iter_mut().zip(codes.iter()) {
-                        *o = table[u as usize];
-                    }
-                }
-            }
-            _ => {
-                let zwords = words_per_row(groups, bits);
-                for g in 0..groups {
-                    let scale = self.scales[row * groups + g].to_f32();
-                    let mut zero = self.grid.implied_zero();
-                    if self.grid.has_zeros() {
-                        let mut z = [0u8];
-                        unpack_row(&self.zeros[row * zwords..(row + 1) * zwords], bits, g, &mut z);
-                        zero = z[0] as f32;
-                    }
-                    let start = g * group_len;
-                    let end = (start + group_len).min(self.cols);
-                    for (chunk, out) in out[start..end].chunks_mut(256).enumerate() {
-                        let codes = &mut codes[..out.len()];
-                        unpack_row(stream, bits, start + chunk * 256, codes);
-                        for (o, &u) in out.iter_mut().zip(codes.iter()) {
-                            *o = (u as f32 - zero) * scale;
-                        }
-                    }
-                }
-            }
+        let mut codes = [0u8; 256];
+        for (chunk, out) in out.chunks_mut(256).enumerate() {
+            let codes = &mut codes[..out.len()];
+            unpack_row(stream, bits, start + chunk * 256, codes);
+            out.iter_mut().zip(codes.iter()).for_each(|(o, u)| *o = value(*u));
         }
     }
 
@@ -173,7 +210,7 @@ impl Plane {
     /// # Errors
     /// [`CoreError::Shape`] when grid or columns differ.
     pub fn append_rows(&mut self, other: Self) -> Result<()> {
-        if (self.grid, self.cols) != (other.grid, other.cols) {
+        if (self.grid, self.cols, &self.table) != (other.grid, other.cols, &other.table) {
             return Err(CoreError::Shape {
                 what: "rows to append",
                 expected: format!("{:?} of {} columns", self.grid, self.cols),
@@ -190,8 +227,13 @@ impl Plane {
     /// Bytes of codes, and of everything.
     pub fn bytes(&self) -> (usize, usize) {
         let codes = self.codes.len() * 4;
-        (codes, codes + self.scales.len() * 2 + self.zeros.len() * 4)
+        let halves = self.scales.len() + self.table.len();
+        (codes, codes + halves * 2 + self.zeros.len() * 4)
     }
+}
+
+fn to_f32(values: &[f16]) -> Vec<f32> {
+    values.iter().map(|v| v.to_f32()).collect()
 }
 
 /// One row of a plane, to be written.
@@ -223,6 +265,13 @@ impl PlaneRowMut<'_> {
         pack_row(codes, self.grid.bits(), self.codes);
         self.scales.copy_from_slice(centroids);
     }
+
+    /// Stores a row of a shared codebook: its codes and the scale of each group.
+    pub fn set_scaled(&mut self, codes: &[u8], scales: &[f16]) {
+        debug_assert_eq!((codes.len(), scales.len()), (self.cols, self.scales.len()));
+        pack_row(codes, self.grid.bits(), self.codes);
+        self.scales.copy_from_slice(scales);
+    }
 }
 
 /// A quantized weight matrix `[rows, cols]`.
@@ -240,6 +289,8 @@ pub struct QuantizedMatrix {
     pub column_scale: Option<Vec<f16>>,
     /// Stored row of each logical row.
     pub row_perm: Option<Vec<u32>>,
+    /// What is added last.
+    pub sparse: Option<Sparse>,
 }
 
 impl QuantizedMatrix {
@@ -252,7 +303,45 @@ impl QuantizedMatrix {
             column_groups: 1,
             column_scale: None,
             row_perm: None,
+            sparse: None,
         }
+    }
+
+    /// A matrix of row groups: `groups[r]` is the plane that holds logical row `r`, each plane
+    /// holding its rows in their order.
+    ///
+    /// # Errors
+    /// As [`Self::from_planes`], or a group that does not exist or has another number of rows.
+    pub fn from_row_groups(
+        shape: (usize, usize),
+        planes: Vec<Plane>,
+        groups: &[u8],
+        column_scale: Option<Vec<f16>>,
+    ) -> Result<Self> {
+        if planes.len() == 1 && groups.iter().all(|g| *g == 0) {
+            return Self::from_planes(shape, planes, 1, column_scale, None);
+        }
+        let perm = permutation_of(groups, &planes)?;
+        Self::from_planes(shape, planes, 1, column_scale, Some(perm))
+    }
+
+    /// The row group of each logical row, when each group holds its rows in their order: a
+    /// shorter way to store the permutation.
+    pub fn row_groups(&self) -> Option<Vec<u8>> {
+        let perm = self.row_perm.as_ref()?;
+        let starts = row_starts(self.planes.iter().step_by(self.column_groups));
+        if starts.len() > 256 {
+            return None;
+        }
+        let group = |slot: &u32| starts.partition_point(|s| s <= slot) as u8 - 1;
+        let groups: Vec<u8> = perm.iter().map(group).collect();
+        let mut next = starts;
+        let in_order = perm.iter().zip(&groups).all(|(slot, group)| {
+            let next = &mut next[*group as usize];
+            *next += 1;
+            *slot + 1 == *next
+        });
+        in_order.then_some(groups)
     }
 
     /// Assembles planes, checking that they tile the matrix.
@@ -303,7 +392,17 @@ impl QuantizedMatrix {
                 return fail("row permutation", format!("a permutation of {rows}"), "none".into());
             }
         }
-        Ok(Self { rows, cols, planes, column_groups, column_scale, row_perm })
+        Ok(Self { rows, cols, planes, column_groups, column_scale, row_perm, sparse: None })
+    }
+
+    /// Adds a sparse part.
+    ///
+    /// # Errors
+    /// Rows, columns or values that do not fit.
+    pub fn with_sparse(mut self, sparse: Sparse) -> Result<Self> {
+        sparse.check(self.rows, self.cols)?;
+        self.sparse = Some(sparse);
+        Ok(self)
     }
 
     /// Total bytes of codes, and of everything that is stored.
@@ -311,8 +410,17 @@ impl QuantizedMatrix {
         let (codes, all) =
             self.planes.iter().map(Plane::bytes).fold((0, 0), |(c, a), (pc, pa)| (c + pc, a + pa));
         let scale = self.column_scale.as_ref().map_or(0, |s| s.len() * 2);
-        let perm = self.row_perm.as_ref().map_or(0, |p| p.len() * 4);
-        (codes, all + scale + perm)
+        let perm = match self.row_groups() {
+            Some(groups) => words_per_row(groups.len(), group_bits(self.row_group_count())) * 4,
+            None => self.row_perm.as_ref().map_or(0, |p| p.len() * 4),
+        };
+        let sparse = self.sparse.as_ref().map_or(0, |s| s.bytes(self.cols));
+        (codes, all + scale + perm + sparse)
+    }
+
+    /// Planes on top of each other.
+    pub fn row_group_count(&self) -> usize {
+        self.planes.len() / self.column_groups
     }
 
     /// Sum of code bits over all weights (no padding).
@@ -347,7 +455,52 @@ impl QuantizedMatrix {
                 *o *= s.to_f32();
             }
         }
+        if let Some(sparse) = &self.sparse {
+            sparse.add_row(row, out);
+        }
     }
+}
+
+/// Bits of a row group's number in the stream of row groups.
+pub fn group_bits(groups: usize) -> u8 {
+    (groups.max(2) - 1).ilog2() as u8 + 1
+}
+
+/// First stored row of each plane.
+fn row_starts<'a>(planes: impl Iterator<Item = &'a Plane>) -> Vec<u32> {
+    let mut start = 0;
+    let next = |plane: &Plane| {
+        let first = start;
+        start += plane.rows as u32;
+        first
+    };
+    planes.map(next).collect()
+}
+
+/// The permutation that puts each logical row into its group, in order.
+///
+/// # Errors
+/// A group that does not exist, or that has another number of rows than its plane.
+pub fn permutation_of(groups: &[u8], planes: &[Plane]) -> Result<Vec<u32>> {
+    let fail = |expected: String, found: String| {
+        Err(CoreError::Shape { what: "row groups", expected, found })
+    };
+    let starts = row_starts(planes.iter());
+    let mut next = starts.clone();
+    let mut perm = Vec::with_capacity(groups.len());
+    for group in groups {
+        let Some(next) = next.get_mut(*group as usize) else {
+            return fail(format!("below {}", planes.len()), group.to_string());
+        };
+        perm.push(*next);
+        *next += 1;
+    }
+    for ((start, end), plane) in starts.iter().zip(&next).zip(planes) {
+        if (end - start) as usize != plane.rows {
+            return fail(format!("{} rows in a group", plane.rows), (end - start).to_string());
+        }
+    }
+    Ok(perm)
 }
 
 impl RowSource for QuantizedMatrix {

@@ -10,9 +10,9 @@
 use anybit_core::allocate::{AllocationStart, greedy, target};
 use anybit_core::column_scale::{CentroidWeights, ColumnScaleOptions, train};
 use anybit_core::kmeans::Exact1d;
-use anybit_core::lnq::{Lnq, LnqInit, LnqOptions, feedback_labels, lnq};
+use anybit_core::lnq::{Lnq, LnqInit, LnqOptions, RowGrid, Table, feedback, lnq};
 use anybit_core::rng::SplitMix64;
-use anybit_core::rounding::{GptqOptions, gptq, nearest};
+use anybit_core::rounding::{GptqFactor, GptqOptions, gptq, nearest};
 use anybit_core::{Gram, GridSpec, Matrix, QuantizedMatrix, ScaleFit};
 
 const N: usize = 48;
@@ -164,12 +164,16 @@ impl Layer {
     }
 
     fn feedback(&self, codes: &Codes) -> Codes {
-        let labels = feedback_labels(&self.w, &codes.codebooks, &self.gram, 0.01, true).unwrap();
+        let grid = |values: &Vec<f32>| RowGrid::own(Table::sorted(values).0);
+        let grids: Vec<RowGrid> = codes.codebooks.iter().map(grid).collect();
+        let factor = GptqFactor::new(&self.gram, GptqOptions::default()).unwrap();
+        let labels = feedback(&self.w, &grids, &factor).0;
         Codes { labels, codebooks: codes.codebooks.clone() }
     }
 
     fn lnq(&self, codes: &Codes, init: LnqInit) -> Matrix {
-        let options = LnqOptions { init, ..Default::default() };
+        // The golden values are of unrounded codebooks.
+        let options = LnqOptions { init, half: false, ..Default::default() };
         let done = lnq(&self.w, &codes.labels, &codes.codebooks, &self.gram, options).unwrap();
         let Lnq { codebooks, labels, trace, .. } = done;
         assert!(trace.windows(2).all(|t| t[1] <= t[0]), "{trace:?}");

@@ -1,15 +1,18 @@
-//! Sensitivities of the weights: Fisher diagonals and token-weighted Gram matrices of every linear
-//! of every block, one block at a time.
+//! Sensitivities of the weights: Fisher diagonals and token weights of every linear of every
+//! block, one block at a time.
 //!
 //! For each calibration sequence `d` the mean next-token loss `L_d` is differentiated:
 //!
 //! ```text
 //! F_ij = 1/N Σ_d (∂L_d/∂W_ij)²                     SKIM's and SqueezeLLM's weights of k-means
-//! H_k  = Σ_d Σ_t s_kt x_t x_tᵀ,                    GuidedQuant's Hessian of row group k
 //! s_kt = mean over rows i of group k of (∂L_d/∂y_ti)²
+//! H_k  = Σ_d Σ_t s_kt x_t x_tᵀ                     GuidedQuant's Hessian of row group k
 //! ```
 //!
-//! The sum over a sequence's tokens is inside the square of `F` and outside that of `H`. First the
+//! `s` is kept and `H` is left to whoever has the inputs `x` at hand
+//! ([`anybit_core::Gram::add_weighted`]): it is small, and serves inputs of the quantized model
+//! too. The sum over a sequence's tokens is inside the square of `F` and outside that of `H`. The
+//! next token is that of the text, or one that the model draws: see [`Labels`]. First the
 //! sequences go up through the blocks and leave every block's input in a store; then the gradient
 //! of the loss comes down: each block is recomputed from its inputs on a tape, and the gradient
 //! with respect to a block's input takes that input's place. Memory is one block, its gradients
@@ -19,26 +22,45 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use anybit_core::{Gram, Matrix, RowSource};
+use anybit_core::{Matrix, RowSource};
 use anybit_io::{Checkpoint, ModelConfig};
 
 use crate::decoder::{check_tokens, load_tensor};
+use crate::head::{EmbeddingSensitivity, HeadPass};
 use crate::store::HiddenStore;
 use crate::tiles::map;
 use crate::{
     BlockOutput, BlockShape, BlockVars, GradError, Result, Rope, Tape, Tensor, TrainBlock, Var,
-    block_forward, next_tokens,
+    block_forward,
 };
 
 /// Losses are multiplied by this before they are differentiated, so that squares of small
 /// gradients keep their digits: `F` and `H` come out larger by its square.
 pub const GRADIENT_SCALE: f32 = 1e3;
 
+/// Which next tokens the loss is taken for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Labels {
+    /// Those of the text: the empirical Fisher information.
+    #[default]
+    Text,
+    /// Drawn from the model's own distribution: the true Fisher information, whose quadratic form
+    /// is the KL divergence that a small change of the weights causes.
+    Model {
+        /// Seed of the draws.
+        seed: u64,
+    },
+}
+
 /// What is computed, and where.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SensitivityOptions<'a> {
-    /// Row groups of the token-weighted Gram matrices; `None` to leave them out.
+    /// Which next tokens the loss is taken for.
+    pub labels: Labels,
+    /// Row groups of the token weights; `None` to leave them out.
     pub guided_groups: Option<usize>,
+    /// Row groups of the head's token weights; `None` to leave embedding and head out.
+    pub vocab_groups: Option<usize>,
     /// Folder for the hidden states of all sequences and layers (4 bytes · tokens · hidden size ·
     /// (layers + 1)); `None` to hold them in memory.
     pub spill: Option<&'a Path>,
@@ -50,13 +72,21 @@ pub struct SensitivityOptions<'a> {
 pub struct BlockSensitivity {
     /// `F`, of each weight's shape.
     pub fisher: BTreeMap<String, Matrix>,
-    /// `H_k`, one per group of consecutive rows.
-    pub guided: Option<BTreeMap<String, Vec<Gram>>>,
+    /// `s`, `[groups of consecutive rows, tokens of all sequences]`.
+    pub tokens: Option<BTreeMap<String, Matrix>>,
+}
+
+/// What concerns the model as a whole.
+#[derive(Debug, Clone)]
+pub struct ModelSensitivity {
+    /// Mean loss on the text, in nats per token.
+    pub loss: f64,
+    /// Embedding and head, when they were asked for.
+    pub embedding: Option<EmbeddingSensitivity>,
 }
 
 /// Computes the sensitivities of every block on `sequences` and hands each block's to `on_block`,
-/// from the last layer to the first. `progress` is told steps done and steps in all. Returns the
-/// mean loss, in nats per token.
+/// from the last layer to the first. `progress` is told steps done and steps in all.
 ///
 /// # Errors
 /// Sequences that cannot be used, what the checkpoint or the spill file reports, losses or
@@ -67,7 +97,7 @@ pub fn sensitivities<E: From<GradError>>(
     options: SensitivityOptions<'_>,
     on_block: &mut dyn FnMut(usize, BlockSensitivity) -> std::result::Result<(), E>,
     progress: &mut dyn FnMut(u64, u64),
-) -> std::result::Result<f64, E> {
+) -> std::result::Result<ModelSensitivity, E> {
     let layers = checkpoint.config.num_layers;
     let total = ((2 * layers + 1) * sequences.len()) as u64;
     let mut done = 0;
@@ -80,19 +110,22 @@ pub fn sensitivities<E: From<GradError>>(
     for layer in 0..layers {
         walk.forward_block(layer, &mut step)?;
     }
-    let loss = walk.head(&mut step)?;
+    let (loss, mut embedding) = walk.head(&mut step)?;
     for layer in (0..layers).rev() {
         let sensitivity = walk.backward_block(layer, &mut step)?;
         on_block(layer, sensitivity)?;
     }
-    Ok(loss)
+    if let Some(embedding) = &mut embedding {
+        walk.lookups(&mut embedding.lookups)?;
+    }
+    Ok(ModelSensitivity { loss, embedding })
 }
 
 /// The way up and down through the blocks.
 struct Walk<'a> {
     checkpoint: &'a Checkpoint,
     sequences: &'a [Vec<u32>],
-    guided_groups: Option<usize>,
+    options: SensitivityOptions<'a>,
     rope: Arc<Rope>,
     /// Slot `l`: input of block `l`, then its gradient; the last slot is the head's input.
     store: HiddenStore,
@@ -103,7 +136,7 @@ impl<'a> Walk<'a> {
     fn new(
         checkpoint: &'a Checkpoint,
         sequences: &'a [Vec<u32>],
-        options: SensitivityOptions<'_>,
+        options: SensitivityOptions<'a>,
     ) -> Result<Self> {
         let config = &checkpoint.config;
         for (sequence, tokens) in sequences.iter().enumerate() {
@@ -120,7 +153,7 @@ impl<'a> Walk<'a> {
         Ok(Self {
             checkpoint,
             sequences,
-            guided_groups: options.guided_groups,
+            options,
             rope: Arc::new(Rope::new(config.rope_frequencies(), longest)),
             store: HiddenStore::new(config.num_layers + 1, lengths, options.spill)?,
             tape: Tape::default(),
@@ -181,34 +214,76 @@ impl<'a> Walk<'a> {
     }
 
     /// Replaces the final hidden states by the gradients of the scaled losses; returns the mean
-    /// loss.
-    fn head(&mut self, step: &mut dyn FnMut()) -> Result<f64> {
+    /// loss, and what the head's rows are worth.
+    fn head(&mut self, step: &mut dyn FnMut()) -> Result<(f64, Option<EmbeddingSensitivity>)> {
         let config = &self.checkpoint.config;
-        let norm = load_tensor(self.checkpoint, "model.norm.weight", &[config.hidden_size])?;
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let norm = load_tensor(self.checkpoint, "model.norm.weight", &[hidden])?;
         let name = match config.tie_embeddings {
             true => "model.embed_tokens.weight",
             false => "lm_head.weight",
         };
-        let head = load_tensor(self.checkpoint, name, &[config.vocab_size, config.hidden_size])?;
+        let head = load_tensor(self.checkpoint, name, &[vocab, hidden])?;
         let (eps, slot) = (config.rms_norm_eps, config.num_layers);
-        let mut sum = 0.0;
+        let all_tokens = self.sequences.iter().map(Vec::len).sum();
+        let mut embedding = self.options.vocab_groups.map(|groups| EmbeddingSensitivity {
+            rows: vec![0.0; vocab],
+            tokens: Matrix::zeros(groups, all_tokens),
+            lookups: Matrix::zeros(vocab, hidden),
+        });
+        let (mut sum, mut first) = (0.0, 0);
         for (sequence, tokens) in self.sequences.iter().enumerate() {
             let x = self.hidden_leaf(slot, sequence, true)?;
-            let tape = &mut self.tape;
-            let (norm, head) = (tape.constant(norm.clone()), tape.constant(head.clone()));
-            let normed = tape.rms_norm(x, norm, eps);
-            let targets = next_tokens(tokens, tokens.len());
-            let loss = tape.linear_cross_entropy(normed, head, &targets);
-            let value = tape.data(loss)[0];
+            let norm = self.tape.constant(norm.clone());
+            let normed = self.tape.rms_norm(x, norm, eps);
+            let pass = HeadPass {
+                x: self.tape.data(normed),
+                head: head.data(),
+                targets: &tokens[1..],
+                hidden,
+                labels: self.options.labels,
+                sequence,
+            };
+            let (value, dx) = pass.run(embedding.as_mut().map(|e| (e, first)));
             if !value.is_finite() {
                 return Err(GradError::Loss { sequence, value });
             }
             sum += value as f64;
-            tape.backward_from(loss, &[GRADIENT_SCALE]);
+            first += tokens.len();
+            self.tape.backward_from(normed, &dx);
             self.finish_sequence(slot, sequence, x)?;
             step();
         }
-        Ok(sum / self.sequences.len() as f64)
+        let count = self.sequences.len();
+        if let Some(embedding) = &mut embedding {
+            embedding.rows.iter_mut().for_each(|row| *row /= count as f32);
+            let what = (slot, "head", "row weight");
+            check_values(&embedding.rows, what, |row| (row, 0))?;
+        }
+        Ok((sum / count as f64, embedding))
+    }
+
+    /// Fisher diagonal of the embedding as a lookup, from the gradients that arrived at the input
+    /// of block 0: all places of a token in a sequence add up before they are squared.
+    fn lookups(&mut self, fisher: &mut Matrix) -> Result<()> {
+        let hidden = fisher.cols;
+        for (sequence, tokens) in self.sequences.iter().enumerate() {
+            let gradient = self.hidden(0, sequence)?;
+            let mut sums: BTreeMap<u32, Vec<f32>> = BTreeMap::new();
+            for (token, g) in tokens.iter().zip(gradient.chunks_exact(hidden)) {
+                let sum = sums.entry(*token).or_insert_with(|| vec![0.0; hidden]);
+                sum.iter_mut().zip(g).for_each(|(sum, g)| *sum += g);
+            }
+            self.tape.recycle(gradient);
+            let count = self.sequences.len() as f32;
+            for (token, sum) in sums {
+                let row = fisher.row_mut(token as usize);
+                row.iter_mut().zip(sum).for_each(|(f, g)| *f += g * g / count);
+            }
+        }
+        check_values(&fisher.data, (0, "embedding", "Fisher diagonal"), |at| {
+            (at / hidden, at % hidden)
+        })
     }
 
     /// Takes the gradients with respect to block `layer`'s outputs back to its inputs, and gathers
@@ -216,19 +291,23 @@ impl<'a> Walk<'a> {
     fn backward_block(&mut self, layer: usize, step: &mut dyn FnMut()) -> Result<BlockSensitivity> {
         let block = TrainBlock::load(self.checkpoint, layer)?;
         let shape = BlockShape::new(&self.checkpoint.config, layer, &self.rope);
-        let mut sums = Sums::new(&self.checkpoint.config, self.guided_groups);
+        let all_tokens = self.sequences.iter().map(Vec::len).sum();
+        let groups = self.options.guided_groups;
+        let mut sums = Sums::new(&self.checkpoint.config, groups, all_tokens);
+        let mut first = 0;
         for (sequence, tokens) in self.sequences.iter().enumerate() {
             let x = self.hidden_leaf(layer, sequence, true)?;
             let dy = self.hidden(layer + 1, sequence)?;
             let tape = &mut self.tape;
             let vars = block.vars(tape, &|name| name.ends_with("_proj.weight"));
             let out = block_forward(tape, x, &vars, &shape, tokens.len());
-            if self.guided_groups.is_some() {
+            if groups.is_some() {
                 out.linears.iter().for_each(|site| tape.keep_grad(site.output));
             }
             tape.backward_from(out.y, &dy);
             tape.recycle(dy);
-            sums.add(tape, &vars, &out);
+            sums.add(tape, &vars, &out, first);
+            first += tokens.len();
             self.finish_sequence(layer, sequence, x)?;
             step();
         }
@@ -249,30 +328,28 @@ fn check_groups(config: &ModelConfig, groups: Option<usize>) -> Result<()> {
 struct LinearSums {
     name: &'static str,
     fisher: Matrix,
-    /// Empty when they are not wanted.
-    guided: Vec<Gram>,
+    /// `s`, `[groups, tokens]`; no groups when they are not wanted.
+    tokens: Matrix,
 }
 
 /// Statistics of one block while they are summed.
 struct Sums {
     linears: Vec<LinearSums>,
     guided: bool,
-    /// `x` scaled by `√s`.
-    weighted: Vec<f32>,
 }
 
 impl Sums {
-    fn new(config: &ModelConfig, groups: Option<usize>) -> Self {
+    fn new(config: &ModelConfig, groups: Option<usize>, tokens: usize) -> Self {
         let linears = config.block_linears().into_iter().map(|(name, rows, cols)| LinearSums {
             name,
             fisher: Matrix::zeros(rows, cols),
-            guided: vec![Gram::new(cols); groups.unwrap_or(0)],
+            tokens: Matrix::zeros(groups.unwrap_or(0), tokens),
         });
-        Self { linears: linears.collect(), guided: groups.is_some(), weighted: Vec::new() }
+        Self { linears: linears.collect(), guided: groups.is_some() }
     }
 
-    /// Adds one sequence's gradients.
-    fn add(&mut self, tape: &Tape, vars: &BlockVars, out: &BlockOutput) {
+    /// Adds the gradients of the sequence whose tokens begin at `first`.
+    fn add(&mut self, tape: &Tape, vars: &BlockVars, out: &BlockOutput, first: usize) {
         for sums in &mut self.linears {
             let weight = vars.get(&format!("{}.weight", sums.name));
             if let Some(dw) = weight.and_then(|w| tape.grad(w)) {
@@ -282,26 +359,24 @@ impl Sums {
                 continue;
             };
             if let Some(dy) = tape.grad(site.output).filter(|_| self.guided) {
-                add_guided(&mut sums.guided, tape.data(site.input), dy, &mut self.weighted);
+                token_weights(&mut sums.tokens, first, sums.fisher.rows, dy);
             }
         }
     }
 
     /// Divides by the number of sequences and checks every value.
     fn finish(self, layer: usize, sequences: usize) -> Result<BlockSensitivity> {
-        let (mut fisher, mut guided) = (BTreeMap::new(), BTreeMap::new());
-        for LinearSums { name, fisher: mut squares, guided: grams } in self.linears {
+        let (mut fisher, mut all_tokens) = (BTreeMap::new(), BTreeMap::new());
+        for LinearSums { name, fisher: mut squares, tokens } in self.linears {
             squares.data.iter_mut().for_each(|f| *f /= sequences as f32);
-            let cols = squares.cols;
+            let place = |cols: usize| move |at: usize| (at / cols, at % cols);
             let what = (layer, name, "Fisher diagonal");
-            check_values(&squares.data, what, |at| (at / cols, at % cols))?;
-            for gram in &grams {
-                check_values(&gram.diagonal(), (layer, name, "guided Gram matrix"), |at| (at, at))?;
-            }
+            check_values(&squares.data, what, place(squares.cols))?;
+            check_values(&tokens.data, (layer, name, "token weight"), place(tokens.cols))?;
             fisher.insert(name.to_string(), squares);
-            guided.insert(name.to_string(), grams);
+            all_tokens.insert(name.to_string(), tokens);
         }
-        Ok(BlockSensitivity { fisher, guided: self.guided.then_some(guided) })
+        Ok(BlockSensitivity { fisher, tokens: self.guided.then_some(all_tokens) })
     }
 }
 
@@ -317,30 +392,23 @@ fn check_values(
     Err(GradError::Sensitivity { layer, linear, quantity, row, col, value })
 }
 
-/// `H_k += Σ_t s_kt x_t x_tᵀ` for every group `k` of consecutive rows; `weighted` is room for
-/// `√s x`.
-fn add_guided(grams: &mut [Gram], x: &[f32], dy: &[f32], weighted: &mut Vec<f32>) {
-    let Some(cols) = grams.first().map(Gram::size) else { return };
-    let tokens = x.len() / cols;
-    let rows = dy.len() / tokens;
-    let groups = grams.len();
-    weighted.resize(x.len(), 0.0);
-    for (k, gram) in grams.iter_mut().enumerate() {
+/// `s_kt` of the tokens from `first` on, from the gradients `dy`, `[tokens, rows]`.
+fn token_weights(weights: &mut Matrix, first: usize, rows: usize, dy: &[f32]) {
+    let groups = weights.rows;
+    for k in 0..groups {
         let range = k * rows / groups..(k + 1) * rows / groups;
-        let count = range.len() as f32;
-        let outputs = weighted.chunks_exact_mut(cols).zip(x.chunks_exact(cols));
-        for ((weighted, x), dy) in outputs.zip(dy.chunks_exact(rows)) {
+        let out = &mut weights.row_mut(k)[first..];
+        for (out, dy) in out.iter_mut().zip(dy.chunks_exact(rows)) {
             let squares: f32 = dy[range.clone()].iter().map(|g| g * g).sum();
-            let root = (squares / count).sqrt();
-            weighted.iter_mut().zip(x).for_each(|(w, x)| *w = root * x);
+            *out = squares / range.len() as f32;
         }
-        gram.add(weighted);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anybit_core::Gram;
 
     /// The two forms differ in where the square stands: tokens x = (1, 2), dy = (3, −1) give
     /// `F = (3 − 2)² = 1` and `H = 9·1 + 1·4 = 13` (SKIM's specification, 1.2).
@@ -353,9 +421,11 @@ mod tests {
         let dy = [3.0, -1.0];
         tape.backward_from(y, &dy);
         assert_eq!(tape.grad(w).unwrap()[0].powi(2), 1.0);
-        let mut grams = [Gram::new(1)];
-        add_guided(&mut grams, tape.data(x), &dy, &mut Vec::new());
-        approx::assert_relative_eq!(grams[0].at(0, 0), 13.0, max_relative = 1e-6);
+        let mut weights = Matrix::zeros(1, 2);
+        token_weights(&mut weights, 0, 1, &dy);
+        let mut gram = Gram::new(1);
+        gram.add_weighted(tape.data(x), weights.row(0));
+        approx::assert_relative_eq!(gram.at(0, 0), 13.0, max_relative = 1e-6);
     }
 
     #[test]
@@ -372,11 +442,9 @@ mod tests {
 
     #[test]
     fn row_groups_split_the_outputs() {
-        let mut grams = vec![Gram::new(2); 2];
-        let (x, dy) = ([1.0, 2.0], [2.0, 0.0, 3.0]);
-        add_guided(&mut grams, &x, &dy, &mut Vec::new());
+        let mut weights = Matrix::zeros(2, 3);
+        token_weights(&mut weights, 1, 3, &[2.0, 0.0, 3.0, 1.0, 1.0, 1.0]);
         // Group 0 is row 0, group 1 rows 1 and 2.
-        approx::assert_relative_eq!(grams[0].at(0, 0), 4.0, max_relative = 1e-6);
-        approx::assert_relative_eq!(grams[1].at(0, 1), 4.5 * 2.0, max_relative = 1e-6);
+        assert_eq!(weights.data, [0.0, 4.0, 1.0, 0.0, 4.5, 1.0]);
     }
 }

@@ -21,6 +21,7 @@
 pub mod decoder;
 pub mod error;
 pub mod fisher;
+pub mod head;
 pub mod ops;
 pub mod optim;
 mod pool;
@@ -36,7 +37,10 @@ pub use decoder::{
     TrainDecoder, block_forward, next_tokens,
 };
 pub use error::{GradError, Result};
-pub use fisher::{BlockSensitivity, GRADIENT_SCALE, SensitivityOptions, sensitivities};
+pub use fisher::{
+    BlockSensitivity, GRADIENT_SCALE, Labels, ModelSensitivity, SensitivityOptions, sensitivities,
+};
+pub use head::EmbeddingSensitivity;
 pub use ops::{AttentionSpec, IGNORE, Rope};
 pub use optim::{AdamW, AdamWOptions, OneCycle, Update, clip_factor, global_norm};
 pub use tape::{Pass, Slot, Tape, Var};

@@ -5,10 +5,10 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use anybit_core::{Gram, Matrix};
+use anybit_core::Matrix;
 use anybit_grad::{
-    BlockSensitivity, GRADIENT_SCALE, GradError, Result, SensitivityOptions, Tape, TrainDecoder,
-    sensitivities,
+    BlockSensitivity, GRADIENT_SCALE, GradError, Labels, ModelSensitivity, Result,
+    SensitivityOptions, Tape, TrainDecoder, sensitivities,
 };
 use anybit_io::Checkpoint;
 use common::{checkpoint, expected};
@@ -26,7 +26,7 @@ fn run(
     checkpoint: &Checkpoint,
     sequences: &[Vec<u32>],
     options: SensitivityOptions<'_>,
-) -> Result<(Vec<BlockSensitivity>, f64)> {
+) -> Result<(Vec<BlockSensitivity>, ModelSensitivity)> {
     let mut blocks = Vec::new();
     let mut on_block = |layer: usize, block: BlockSensitivity| -> Result<()> {
         assert_eq!(layer + blocks.len() + 1, checkpoint.config.num_layers, "last layer first");
@@ -35,25 +35,30 @@ fn run(
     };
     let mut steps = Vec::new();
     let mut progress = |done, total| steps.push((done, total));
-    let loss =
+    let model =
         sensitivities::<GradError>(checkpoint, sequences, options, &mut on_block, &mut progress)?;
     let total = ((2 * checkpoint.config.num_layers + 1) * sequences.len()) as u64;
     assert!(steps.iter().copied().eq((1..=total).map(|done| (done, total))));
     blocks.reverse();
-    Ok((blocks, loss))
+    Ok((blocks, model))
 }
 
 /// The same from the whole model on one tape per sequence.
 struct Reference {
     fisher: BTreeMap<String, Matrix>,
-    guided: BTreeMap<String, Vec<Gram>>,
+    tokens: BTreeMap<String, Matrix>,
+    lookups: Matrix,
+    rows: Vec<f32>,
     loss: f64,
 }
 
 fn reference(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Reference {
     let decoder = TrainDecoder::load(checkpoint, 32).unwrap();
-    let (mut fisher, mut guided) = (BTreeMap::new(), BTreeMap::new());
-    let mut sum = 0.0;
+    let (mut fisher, mut all_tokens) = (BTreeMap::new(), BTreeMap::new());
+    let (vocab, hidden) = (checkpoint.config.vocab_size, checkpoint.config.hidden_size);
+    let (mut lookups, mut head_rows) = (Matrix::zeros(vocab, hidden), vec![0f32; vocab]);
+    let total: usize = sequences.iter().map(Vec::len).sum();
+    let (mut sum, mut first) = (0.0, 0);
     for tokens in sequences {
         let mut tape = Tape::default();
         let vars = decoder.vars(&mut tape, &|_| true);
@@ -62,9 +67,18 @@ fn reference(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Reference {
         let targets = anybit_grad::next_tokens(tokens, tokens.len());
         let loss = tape.cross_entropy(logits, &targets);
         out.blocks.iter().flat_map(|b| &b.linears).for_each(|site| tape.keep_grad(site.output));
+        tape.keep_grad(logits);
         sum += tape.data(loss)[0] as f64;
         let loss = tape.scale(loss, GRADIENT_SCALE);
         tape.backward(loss);
+        let count = sequences.len() as f32;
+        for dz in tape.grad(logits).unwrap().chunks(vocab) {
+            head_rows.iter_mut().zip(dz).for_each(|(row, g)| *row += g * g / count);
+        }
+        if vars.head != vars.embedding {
+            let grads = tape.grad(vars.embedding).unwrap();
+            lookups.data.iter_mut().zip(grads).for_each(|(sum, g)| *sum += g * g / count);
+        }
         for (layer, (params, block)) in vars.blocks.iter().zip(&out.blocks).enumerate() {
             for site in &block.linears {
                 let key = format!("{layer}.{}", site.name);
@@ -73,23 +87,23 @@ fn reference(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Reference {
                 let sums: &mut Matrix =
                     fisher.entry(key.clone()).or_insert_with(|| Matrix::zeros(rows, cols));
                 for (sum, g) in sums.data.iter_mut().zip(tape.grad(weight).unwrap()) {
-                    *sum += g * g / sequences.len() as f32;
+                    *sum += g * g / count;
                 }
-                let grams: &mut Vec<Gram> =
-                    guided.entry(key).or_insert_with(|| vec![Gram::new(cols); GROUPS]);
-                let dy = tape.grad(site.output).unwrap();
-                for (x, dy) in tape.data(site.input).chunks(cols).zip(dy.chunks(rows)) {
-                    for (k, gram) in grams.iter_mut().enumerate() {
+                let weights: &mut Matrix =
+                    all_tokens.entry(key).or_insert_with(|| Matrix::zeros(GROUPS, total));
+                for (t, dy) in tape.grad(site.output).unwrap().chunks(rows).enumerate() {
+                    for k in 0..GROUPS {
                         let group = &dy[k * rows / GROUPS..(k + 1) * rows / GROUPS];
-                        let mean = group.iter().map(|g| g * g).sum::<f32>() / group.len() as f32;
-                        let scaled: Vec<f32> = x.iter().map(|x| x * mean.sqrt()).collect();
-                        gram.add(&scaled);
+                        weights.row_mut(k)[first + t] =
+                            group.iter().map(|g| g * g).sum::<f32>() / group.len() as f32;
                     }
                 }
             }
         }
+        first += tokens.len();
     }
-    Reference { fisher, guided, loss: sum / sequences.len() as f64 }
+    let loss = sum / sequences.len() as f64;
+    Reference { fisher, tokens: all_tokens, lookups, rows: head_rows, loss }
 }
 
 /// Fails unless the values agree to 1e-3 of the largest.
@@ -106,28 +120,60 @@ fn equal_to_the_whole_model_on_one_tape() {
     for name in ["llama", "llama_scaled3", "qwen2_window", "qwen3"] {
         let checkpoint = checkpoint(name);
         let sequences = sequences(name);
-        let options = SensitivityOptions { guided_groups: Some(GROUPS), spill: None };
-        let (blocks, loss) = run(&checkpoint, &sequences, options).unwrap();
+        let options = SensitivityOptions {
+            guided_groups: Some(GROUPS),
+            vocab_groups: Some(2),
+            ..Default::default()
+        };
+        let (blocks, model) = run(&checkpoint, &sequences, options).unwrap();
         let want = reference(&checkpoint, &sequences);
-        approx::assert_relative_eq!(loss, want.loss, max_relative = 1e-5);
+        approx::assert_relative_eq!(model.loss, want.loss, max_relative = 1e-5);
+        let embedding = model.embedding.unwrap();
+        assert_alike(&embedding.rows, &want.rows, &format!("{name}, rows of the head"));
+        if !checkpoint.config.tie_embeddings {
+            let what = format!("{name}, lookups");
+            assert_alike(&embedding.lookups.data, &want.lookups.data, &what);
+        }
+        // Token weights are means over the rows of a group, row weights sums over tokens.
+        let half = embedding.rows.len() / 2;
+        for (group, rows) in [&embedding.rows[..half], &embedding.rows[half..]].iter().enumerate() {
+            let by_rows = rows.iter().sum::<f32>() * sequences.len() as f32 / rows.len() as f32;
+            let by_tokens: f32 = embedding.tokens.row(group).iter().sum();
+            approx::assert_relative_eq!(by_rows, by_tokens, max_relative = 1e-4);
+        }
         assert_eq!(blocks.len(), checkpoint.config.num_layers);
         for (layer, block) in blocks.iter().enumerate() {
             assert_eq!(block.fisher.len(), 7);
-            let guided = block.guided.as_ref().unwrap();
+            let tokens = block.tokens.as_ref().unwrap();
             for (linear, fisher) in &block.fisher {
                 let key = format!("{layer}.{linear}");
                 assert_alike(&fisher.data, &want.fisher[&key].data, &format!("{name} {key}"));
-                for (gram, want) in guided[linear].iter().zip(&want.guided[&key]) {
-                    assert_eq!(gram.tokens(), want.tokens());
-                    let all = |g: &Gram| -> Vec<f32> {
-                        let n = g.size();
-                        (0..n * n).map(|i| g.at(i / n, i % n)).collect()
-                    };
-                    assert_alike(&all(gram), &all(want), &format!("{name} {key}, guided"));
-                }
+                let what = format!("{name} {key}, token weights");
+                assert_alike(&tokens[linear].data, &want.tokens[&key].data, &what);
             }
         }
     }
+}
+
+/// Labels drawn from the model: the same for the same seed, and in expectation the squares of
+/// `dz` that the rows of the head are credited with.
+#[test]
+fn labels_of_the_model_are_drawn_from_its_distribution() {
+    let checkpoint = checkpoint("llama");
+    let sequences = sequences("llama");
+    let fisher = |seed: u64| {
+        let labels = Labels::Model { seed };
+        let options = SensitivityOptions { labels, vocab_groups: Some(1), ..Default::default() };
+        let (blocks, model) = run(&checkpoint, &sequences, options).unwrap();
+        (blocks[0].fisher.clone(), model.embedding.unwrap().rows)
+    };
+    let (first, rows) = fisher(1);
+    assert!(first == fisher(1).0 && first != fisher(2).0);
+    // p (1 − p), summed over the vocabulary, is at most 1 per token.
+    let per_token: Vec<f32> = sequences.iter().map(|s| 1.0 / (s.len() - 1) as f32).collect();
+    let bound = GRADIENT_SCALE.powi(2) * per_token.iter().sum::<f32>() / sequences.len() as f32;
+    let total: f32 = rows.iter().sum();
+    assert!(total > 0.5 * bound && total <= bound, "{total} of {bound}");
 }
 
 #[test]
@@ -137,10 +183,15 @@ fn memory_file_and_threads_give_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let result = |threads: usize, spill| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let options = SensitivityOptions { guided_groups: Some(1), spill };
-        let (blocks, loss) = pool.install(|| run(&checkpoint, &sequences, options)).unwrap();
-        let blocks: Vec<_> = blocks.into_iter().map(|b| (b.fisher, b.guided)).collect();
-        (blocks, loss)
+        let options = SensitivityOptions {
+            guided_groups: Some(1),
+            vocab_groups: Some(3),
+            spill,
+            labels: Labels::Model { seed: 5 },
+        };
+        let (blocks, model) = pool.install(|| run(&checkpoint, &sequences, options)).unwrap();
+        let blocks: Vec<_> = blocks.into_iter().map(|b| (b.fisher, b.tokens)).collect();
+        (blocks, model.loss, model.embedding)
     };
     let memory = result(1, None);
     assert!(memory == result(1, Some(folder.path())));
@@ -159,7 +210,7 @@ fn what_cannot_be_used_is_named() {
         GradError::ShortSequence { sequence: 1, tokens: 1 }
     ));
     assert!(matches!(error(&[vec![1, 99]], none), GradError::Token { token: 99, .. }));
-    let groups = SensitivityOptions { guided_groups: Some(17), spill: None };
+    let groups = SensitivityOptions { guided_groups: Some(17), ..Default::default() };
     let error = error(&[vec![1, 2]], groups).to_string();
     assert!(error.contains("self_attn.k_proj with 16 rows"), "{error}");
 }

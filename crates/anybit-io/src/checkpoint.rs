@@ -323,6 +323,20 @@ impl Checkpoint {
         ChatTemplate::new(&source, bos.as_deref(), eos.as_deref()).map(Some)
     }
 
+    /// Bytes of all tensors as they are stored, without the headers and metadata of their files.
+    pub fn tensor_bytes(&self) -> u64 {
+        match &self.source {
+            Source::Folder { raw, .. } => raw.values().map(|r| r.bytes().len() as u64).sum(),
+            Source::Gguf { tensors, .. } => {
+                let unique: BTreeMap<_, u64> = tensors
+                    .values()
+                    .map(|t| (t.bytes().as_ptr(), t.bytes().len() as u64))
+                    .collect();
+                unique.values().sum()
+            }
+        }
+    }
+
     /// Size of the files that hold the weights.
     pub fn weight_file_bytes(&self) -> u64 {
         let paths: BTreeSet<&Path> = match &self.source {

@@ -46,6 +46,11 @@ pub fn write(
                 Some(part) => {
                     let fail = |e| IoError::file("write", folder, e);
                     out.write_all(part.bytes()).map_err(fail)?;
+                    // A norm that took up factors.
+                    if plan.dense.iter().any(|t| t.name == tensor.name) {
+                        let hash = blake3::hash(part.bytes()).to_hex().to_string();
+                        dense.insert(tensor.name.clone(), dense_record(tensor, hash));
+                    }
                 }
                 None => {
                     let hash = copy_dense(checkpoint, tensor, out)?;
@@ -69,6 +74,7 @@ pub fn write(
         calibration: calibration.description.clone(),
         quantized: journal.records().clone(),
         dense,
+        folded: journal.folded().clone(),
     };
     write_bytes(&folder.join(MANIFEST), manifest.to_json().as_bytes())?;
     write_config(checkpoint, &manifest, recipe, folder)?;

@@ -147,6 +147,17 @@ impl Calibration {
         Ok(Self { sequences: windows, description })
     }
 
+    /// Tokens of a sequence; 1 when there are none.
+    pub fn seqlen(&self) -> usize {
+        self.sequences.first().map_or(1, Vec::len)
+    }
+
+    /// The first sequences, as many as `tokens` need: those that gradients are taken on.
+    pub fn gradient_sequences(&self, tokens: usize) -> &[Vec<u32>] {
+        let count = tokens.div_ceil(self.seqlen()).clamp(1, self.sequences.len().max(1));
+        &self.sequences[..count.min(self.sequences.len())]
+    }
+
     /// Tokens in all.
     pub fn tokens(&self) -> usize {
         self.sequences.iter().map(Vec::len).sum()

@@ -1,6 +1,6 @@
 //! The loop over blocks.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anybit_core::{Gram, Matrix, Plane, QuantizedMatrix, RowSource};
@@ -12,11 +12,17 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::journal::{Identity, Journal, block_name};
-use crate::methods::{self, Method};
+use crate::methods::Rounding;
+use crate::methods::rtn::Nearest;
 use crate::plan::{EMBEDDING, HEAD, PlannedMatrix};
-use crate::stages::{Rounded, quantize_block, round_matrices};
+use crate::rounded::{Rounded, RoundedSite, measure, round_site};
+use crate::sensitivity::Sensitivity;
+use crate::site::{Inputs, Site, SiteKind, SiteLinear, Statistics};
+use crate::stages::walk_block;
 use crate::streams::{Mover, Stream};
-use crate::{Calibration, Plan, PtqError, Recipe, Result, assemble};
+use crate::tables::{tabulate, with_vocabulary_site};
+use crate::cache::Cache;
+use crate::{Calibration, MatrixTable, Plan, PtqError, Recipe, Result, assemble};
 
 /// Rows of an embedding or head that are rounded at a time.
 const ROWS: usize = 1 << 13;
@@ -33,6 +39,23 @@ pub struct QuantizeOptions {
     /// Sequences whose hidden states are followed through the original and the quantized blocks:
     /// the error per block, and logits to compare, without ever holding two models.
     pub monitor: Vec<Vec<u32>>,
+    /// Folder for what other goals can use again; none for `.anybit-cache` beside the output.
+    pub cache: Option<PathBuf>,
+}
+
+impl QuantizeOptions {
+    /// The folder of the cache.
+    pub fn cache_folder(&self) -> PathBuf {
+        cache_folder(self.cache.as_deref(), &self.out)
+    }
+}
+
+/// The folder of the cache: the one that is asked for, or `.anybit-cache` beside `out`.
+pub fn cache_folder(asked: Option<&Path>, out: &Path) -> PathBuf {
+    match asked {
+        Some(folder) => folder.to_owned(),
+        None => out.parent().unwrap_or(Path::new("")).join(".anybit-cache"),
+    }
 }
 
 /// What is said while it runs.
@@ -42,6 +65,10 @@ pub enum Event {
     Assembling(u64, u64),
     /// Work on block `.0` of `.1` begins.
     Block(usize, usize),
+    /// Gradients: steps done and in all.
+    Gradients(u64, u64),
+    /// Error tables of block `.0` of `.1` are taken.
+    Measuring(usize, usize),
 }
 
 /// What happened to one block.
@@ -65,6 +92,9 @@ pub struct Quantized {
     pub monitored: Option<(Vec<f32>, Vec<f32>)>,
     /// Exact size of the weight files.
     pub weight_bytes: u64,
+    /// Sum of the errors that the tables predicted for the grids that were chosen, where rows are
+    /// allocated.
+    pub predicted: Option<f64>,
     /// The folder, not yet in its place: reports may be added before [`PartialFolder::finish`].
     pub folder: PartialFolder,
 }
@@ -86,20 +116,106 @@ pub fn quantize(
     if !plan.problems.is_empty() {
         return Err(PtqError::Recipe(plan.problems.join("\n")));
     }
-    let method = methods::find(&recipe.method)
-        .ok_or_else(|| PtqError::Recipe(format!("unknown method {}", recipe.method)))?;
+    let recipe = recipe.resolved()?;
+    let rounding = recipe.rounding()?;
     checkpoint.check_finite()?;
     let tokens: [&[Vec<u32>]; 2] = [&calibration.sequences, &options.monitor];
     check_tokens(checkpoint, &tokens)?;
-    let identity = Identity::new(recipe, checkpoint, &tokens)?;
+    let identity = Identity::new(&recipe, checkpoint, &tokens)?;
     let mut folder = PartialFolder::create(&options.out, options.resume, options.force)?;
+    let source = identity.source.clone();
     let journal = Journal::open(folder.path(), identity, options.resume)?;
-    let mut run = Run { checkpoint, plan, method, journal };
+    let root = options.cache_folder();
+    let mut plan = plan.clone();
+    let measured =
+        Measured::take(checkpoint, &plan, (&source, &recipe), calibration, &root, observe)?;
+    let predicted = match rounding.allocation() {
+        Some(_) => {
+            let error = crate::goal::allocate(&mut plan, &recipe, &*rounding, &measured.tables)?;
+            anybit_io::atomic::check_space(&options.out, 2 * plan.weight_bytes())?;
+            Some(error)
+        }
+        None => None,
+    };
+    let sensitivity = measured.sensitivity.as_ref();
+    let method = recipe.method.clone();
+    let mut run =
+        Run { checkpoint, plan: &plan, rounding: &*rounding, method, sensitivity, journal };
     let monitored = run.blocks(calibration, options, &mut folder, observe)?;
     let blocks = run.journal.blocks().to_vec();
-    assemble::write(checkpoint, recipe, plan, calibration, run.journal, folder.path(), observe)?;
+    assemble::write(checkpoint, &recipe, &plan, calibration, run.journal, folder.path(), observe)?;
     folder.discard();
-    Ok(Quantized { blocks, monitored, weight_bytes: plan.weight_bytes(), folder })
+    Ok(Quantized { blocks, monitored, weight_bytes: plan.weight_bytes(), predicted, folder })
+}
+
+/// What is measured on the original model before rows are allocated.
+pub struct Measured {
+    /// Gradients, where the method needs them.
+    pub sensitivity: Option<Sensitivity>,
+    /// Error tables, where the method allocates.
+    pub tables: Vec<MatrixTable>,
+}
+
+impl Measured {
+    /// Measures, or reads what the cache below `root` holds; `source` is the hash of the model.
+    ///
+    /// # Errors
+    /// What gradients, rounding, reading and writing report.
+    pub fn take(
+        checkpoint: &Checkpoint,
+        plan: &Plan,
+        (source, recipe): (&str, &Recipe),
+        calibration: &Calibration,
+        root: &Path,
+        observe: &mut dyn FnMut(Event),
+    ) -> Result<Self> {
+        let rounding = recipe.rounding()?;
+        let needs = rounding.needs();
+        if needs.fisher.is_none() && rounding.allocation().is_none() {
+            return Ok(Self { sensitivity: None, tables: Vec::new() });
+        }
+        let asked = (source, recipe, needs);
+        let sensitivity = Sensitivity::open(checkpoint, asked, calibration, root, observe)?;
+        if let Some(sensitivity) = sensitivity.as_ref().filter(|s| s.wants_head()) {
+            let sequences = calibration.gradient_sequences(recipe.calibration.gradient_tokens);
+            let (normed, hidden) = final_states(checkpoint, sequences)?;
+            sensitivity.write_head(&normed, hidden)?;
+        }
+        if rounding.allocation().is_none() {
+            return Ok(Self { sensitivity, tables: Vec::new() });
+        }
+        let options = rounding.options().to_string();
+        let tokens = crate::journal::hash_tokens(&[&calibration.sequences]);
+        let gradients = sensitivity.as_ref().map_or(String::new(), |s| {
+            s.folder().file_name().unwrap_or_default().to_string_lossy().into_owned()
+        });
+        let matrices: Vec<&str> = plan.matrices.iter().map(|m| m.tensor.as_str()).collect();
+        let grids = format!("{} {}", recipe.group_size, matrices.join(" "));
+        let parts = [source, &recipe.method, &options, &tokens, &gradients, &grids];
+        let cache = Cache::open(root, "tables", &parts)?;
+        let sensitive = sensitivity.as_ref();
+        let tables =
+            tabulate(checkpoint, plan, &*rounding, calibration, sensitive, &cache, observe)?;
+        Ok(Self { sensitivity, tables })
+    }
+}
+
+/// Final hidden states of the original model, normalized, and their width.
+fn final_states(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Result<(Vec<f32>, usize)> {
+    let config = &checkpoint.config;
+    let mut stream = Stream::embed(sequences, &checkpoint.weight(EMBEDDING)?);
+    let mut mover = Mover::new(config, stream.seqlen);
+    for index in 0..config.num_layers {
+        mover.advance(&DecoderLayer::load(checkpoint, index)?, &mut stream);
+    }
+    Ok((final_norm(checkpoint, &stream)?, stream.hidden))
+}
+
+fn final_norm(checkpoint: &Checkpoint, stream: &Stream) -> Result<Vec<f32>> {
+    let norm = checkpoint.vector("model.norm.weight")?;
+    let mut out = vec![0.0; stream.data.len()];
+    rms_norm(&stream.data, &norm, checkpoint.config.rms_norm_eps, &mut out);
+    Ok(out)
 }
 
 fn check_tokens(checkpoint: &Checkpoint, tokens: &[&[Vec<u32>]]) -> Result<()> {
@@ -113,7 +229,9 @@ fn check_tokens(checkpoint: &Checkpoint, tokens: &[&[Vec<u32>]]) -> Result<()> {
 struct Run<'a> {
     checkpoint: &'a Checkpoint,
     plan: &'a Plan,
-    method: &'a dyn Method,
+    rounding: &'a dyn Rounding,
+    method: String,
+    sensitivity: Option<&'a Sensitivity>,
     journal: Journal,
 }
 
@@ -132,7 +250,13 @@ impl Run<'_> {
             Some(matrix) => matrix,
             None => &embedding,
         };
-        let mut stream = Stream::embed(&calibration.sequences, quantized);
+        let observed: &dyn RowSource = match self.rounding.needs().inputs {
+            Inputs::Quantized => quantized,
+            Inputs::Original => &embedding,
+        };
+        // Nothing is observed of what nothing is asked about.
+        let sequences = if self.rounding.needs().looks() { &calibration.sequences[..] } else { &[] };
+        let mut stream = Stream::embed(sequences, observed);
         let mut original = Stream::embed(&options.monitor, &embedding);
         let mut followed = Stream::embed(&options.monitor, quantized);
         drop(packed);
@@ -147,13 +271,17 @@ impl Run<'_> {
             let started = Instant::now();
             let mut layer = DecoderLayer::load(self.checkpoint, index)?;
             mover.advance(&layer, &mut original);
-            let rounded =
-                quantize_block(self.plan, self.method, index, &mut layer, &mut stream, &mut mover)?;
+            let sites = self.block(index, &mut layer, &mut stream, &mut mover)?;
             mover.advance(&layer, &mut followed);
             for (name, _) in config.block_tensors(index) {
                 self.checkpoint.tensor(&name)?.release();
             }
-            self.journal.write_matrices(&block_name(index), self.method.name(), &rounded)?;
+            let (mut rounded, mut norms) = (Vec::new(), Vec::new());
+            for site in sites {
+                rounded.extend(site.rounded);
+                norms.extend(site.norm);
+            }
+            self.journal.write_matrices(&block_name(index), &self.method, &rounded, &norms)?;
             let hidden_error = (!original.is_empty()).then(|| followed.relative_error(&original));
             let seconds = started.elapsed().as_secs_f64();
             let report = BlockReport { block: index, hidden_error, seconds };
@@ -165,32 +293,84 @@ impl Run<'_> {
         if original.is_empty() {
             return Ok(None);
         }
-        Ok(Some((self.final_norm(&original)?, self.final_norm(&followed)?)))
+        let norm = |stream: &Stream| final_norm(self.checkpoint, stream);
+        Ok(Some((norm(&original)?, norm(&followed)?)))
     }
 
-    fn final_norm(&self, stream: &Stream) -> Result<Vec<f32>> {
-        let norm = self.checkpoint.vector("model.norm.weight")?;
-        let mut out = vec![0.0; stream.data.len()];
-        rms_norm(&stream.data, &norm, self.checkpoint.config.rms_norm_eps, &mut out);
-        Ok(out)
+    /// Rounds the linears of one block; on return `layer` holds the decoded weights.
+    fn block(
+        &self,
+        index: usize,
+        layer: &mut DecoderLayer,
+        stream: &mut Stream,
+        mover: &mut Mover,
+    ) -> Result<Vec<RoundedSite>> {
+        let needs = self.rounding.needs();
+        let sensitivity = self.sensitivity.map(|s| s.block(index)).transpose()?;
+        let tokens = sensitivity.as_ref().and_then(|s| s.tokens.as_ref());
+        let mut sites = Vec::new();
+        let mut on_site = |layer: &mut DecoderLayer, kind: SiteKind, seen: Statistics| {
+            let place = (self.plan, index, kind);
+            let mut site = round_site(self.rounding, place, layer, &seen, sensitivity.as_ref())?;
+            if needs.inputs == Inputs::Quantized {
+                site.install(layer)?;
+            }
+            sites.push(site);
+            Ok(())
+        };
+        walk_block(layer, stream, mover, (needs, tokens), &mut on_site)?;
+        if needs.inputs == Inputs::Original {
+            sites.iter_mut().try_for_each(|site| site.install(layer))?;
+        }
+        Ok(sites)
     }
 
-    /// Packs the embedding when the plan says so. A lookup has no inputs to observe: to nearest.
+    /// Packs the embedding when the plan says so. Methods that know what each of its rows is worth
+    /// do it themselves; otherwise a lookup has no inputs to observe: to nearest.
     fn embedding(&mut self, embedding: &Weight) -> Result<Option<QuantizedMatrix>> {
         let Some(planned) = self.plan.matrix(EMBEDDING) else { return Ok(None) };
-        let rounded = round_in_chunks(&methods::rtn::Rtn, planned, embedding, None)?;
-        self.journal.write_matrices("embedding", methods::rtn::Rtn.name(), &[rounded])?;
+        let (rounded, method) = match self.vocabulary(planned, SiteKind::Embedding)? {
+            Some(rounded) => (rounded, self.method.clone()),
+            None => (round_in_chunks(&Nearest, planned, embedding, None)?, "rtn".to_string()),
+        };
+        self.journal.write_matrices("embedding", &method, &[rounded], &[])?;
         let record = &self.journal.records()[EMBEDDING];
         let parts = self.journal.parts("embedding")?;
         Ok(Some(assemble::matrix_from_parts(EMBEDDING, record, &parts)?))
     }
 
+    /// Embedding or head rounded by the method itself, where it can.
+    fn vocabulary(&self, planned: &PlannedMatrix, kind: SiteKind) -> Result<Option<Rounded>> {
+        let known = self.sensitivity.map(Sensitivity::vocabulary).transpose()?.flatten();
+        let Some(vocabulary) = known.filter(|_| self.rounding.needs().vocab_groups.is_some())
+        else {
+            return Ok(None);
+        };
+        let tied = self.checkpoint.config.tie_embeddings;
+        let round = |site: &Site<'_>| {
+            let done = self.rounding.round(site)?;
+            let original = site.linears[0].weights;
+            let matrices = done.matrices.into_iter();
+            Ok(matrices.map(|m| measure(&planned.tensor, original, m, None, None).0).next())
+        };
+        with_vocabulary_site(self.checkpoint, planned, (kind, tied), &vocabulary, round)
+    }
+
     fn head(&mut self, stream: &Stream) -> Result<()> {
         let Some(planned) = self.plan.matrix(HEAD) else { return Ok(()) };
+        let rounded = match self.vocabulary(planned, SiteKind::Head)? {
+            Some(rounded) => rounded,
+            None => self.plain_head(planned, stream)?,
+        };
+        self.journal.write_matrices("head", &self.method, &[rounded], &[])
+    }
+
+    /// An untied head on the grid of `head_bits`, by GPTQ where it is the method.
+    fn plain_head(&self, planned: &PlannedMatrix, stream: &Stream) -> Result<Rounded> {
         let head = self.checkpoint.weight(HEAD)?;
-        let gram = match self.method.needs_gram() {
+        let gram = match self.method == "gptq" {
             true => {
-                let normed = self.final_norm(stream)?;
+                let normed = final_norm(self.checkpoint, stream)?;
                 let mut gram = Gram::new(stream.hidden);
                 let step = stream.seqlen * stream.hidden;
                 normed.chunks_exact(step.max(1)).for_each(|x| gram.add(x));
@@ -198,9 +378,10 @@ impl Run<'_> {
             }
             false => None,
         };
-        let rounded = round_in_chunks(self.method, planned, &head, gram.as_ref())?;
+        let rounding: &dyn Rounding = if gram.is_some() { self.rounding } else { &Nearest };
+        let rounded = round_in_chunks(rounding, planned, &head, gram.as_ref());
         release(&head);
-        self.journal.write_matrices("head", self.method.name(), &[rounded])
+        rounded
     }
 }
 
@@ -212,7 +393,7 @@ fn release(weight: &Weight) {
 
 /// Rounds a tall matrix a few thousand rows at a time; rows do not depend on each other.
 fn round_in_chunks(
-    method: &dyn Method,
+    rounding: &dyn Rounding,
     planned: &PlannedMatrix,
     weight: &Weight,
     gram: Option<&Gram>,
@@ -223,14 +404,25 @@ fn round_in_chunks(
     let mut all = Plane::empty(grid, 0, cols).map_err(fail)?;
     let (mut error, mut norm, mut decoded_norm) = (0f64, 0f64, 0f64);
     let (mut output, mut output_norm) = (0f64, 0f64);
+    let statistics = Statistics { gram: gram.cloned(), ..Default::default() };
     for first in (0..rows).step_by(ROWS) {
         let count = ROWS.min(rows - first);
         let mut part = Matrix::zeros(count, cols);
         let read = |(i, out): (usize, &mut [f32])| weight.read_rows(first + i..first + i + 1, out);
         part.data.par_chunks_exact_mut(cols).enumerate().for_each(read);
-        let chunk = PlannedMatrix { rows: count, ..planned.clone() };
-        let originals = std::slice::from_ref(&part);
-        for (r, _) in round_matrices(method, &[&chunk], originals, gram)? {
+        let linear = SiteLinear {
+            name: &planned.tensor,
+            weights: &part,
+            settings: planned.settings,
+            layout: &planned.layout,
+            fisher: None,
+            row_factors: None,
+        };
+        let (kind, linears) = (SiteKind::Head, vec![linear]);
+        let site = Site { kind, folds: false, linears, statistics: &statistics };
+        let matrices = rounding.round(&site).map_err(|(_, e)| fail(e))?.matrices;
+        for matrix in matrices {
+            let (r, _) = measure(&planned.tensor, &part, matrix, gram, None);
             let weight_norm = anybit_io::native::squared_norm(&part);
             error += r.relative_error * weight_norm;
             norm += weight_norm;

@@ -14,6 +14,12 @@ pub enum PtqError {
     /// A model cannot be run.
     #[error(transparent)]
     Runtime(#[from] anybit_runtime::RuntimeError),
+    /// Gradients cannot be taken.
+    #[error(transparent)]
+    Grad(#[from] anybit_grad::GradError),
+    /// A goal that no choice of grids meets.
+    #[error("{0}")]
+    Goal(String),
     /// A tensor cannot be rounded.
     #[error("{tensor}: {source}")]
     Tensor {

@@ -17,12 +17,12 @@ use std::path::{Path, PathBuf};
 
 use anybit_core::QuantizedMatrix;
 use anybit_io::native::{QuantizedRecord, part_bytes};
-use anybit_io::safetensors_file::{layout, open_file};
+use anybit_io::safetensors_file::{FileDtype, PlannedTensor, layout, open_file};
 use anybit_io::{Checkpoint, IoError, atomic};
 use serde::{Deserialize, Serialize};
 
 use crate::driver::BlockReport;
-use crate::stages::Rounded;
+use crate::rounded::{FoldedNorm, Rounded};
 use crate::streams::Stream;
 use crate::{PtqError, Recipe, Result};
 
@@ -54,14 +54,18 @@ impl Identity {
             tensor.release();
         }
         let source = hasher.finalize().to_hex().to_string();
-        let mut hasher = blake3::Hasher::new();
-        for sequence in tokens.iter().copied().flatten() {
-            hasher.update(bytemuck::cast_slice(sequence));
-            hasher.update(b"|");
-        }
-        let tokens = hasher.finalize().to_hex().to_string();
-        Ok(Self { recipe: recipe.clone(), source, tokens })
+        Ok(Self { recipe: recipe.clone(), source, tokens: hash_tokens(tokens) })
     }
+}
+
+/// Hash of token sequences.
+pub fn hash_tokens(tokens: &[&[Vec<u32>]]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for sequence in tokens.iter().copied().flatten() {
+        hasher.update(bytemuck::cast_slice(sequence));
+        hasher.update(b"|");
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -69,6 +73,8 @@ struct State {
     identity: Identity,
     finished: usize,
     records: BTreeMap<String, QuantizedRecord>,
+    /// Packed matrices whose factors a norm took up.
+    folded: BTreeMap<String, String>,
     blocks: Vec<BlockReport>,
 }
 
@@ -85,7 +91,8 @@ impl Journal {
     /// [`PtqError::Resume`] when the run that is there was another one.
     pub fn open(folder: &Path, identity: Identity, resume: bool) -> Result<Self> {
         let path = folder.join("journal.json");
-        let fresh = State { identity, finished: 0, records: BTreeMap::new(), blocks: Vec::new() };
+        let (records, folded) = (BTreeMap::new(), BTreeMap::new());
+        let fresh = State { identity, finished: 0, records, folded, blocks: Vec::new() };
         if !(resume && path.exists()) {
             return Ok(Self { folder: folder.to_owned(), state: fresh });
         }
@@ -120,6 +127,11 @@ impl Journal {
         &self.state.records
     }
 
+    /// Norms that took up factors, by the tensor of each matrix that was divided by them.
+    pub fn folded(&self) -> &BTreeMap<String, String> {
+        &self.state.folded
+    }
+
     fn inputs_path(&self, block: usize) -> PathBuf {
         self.folder.join(format!("inputs-{block:03}.bin"))
     }
@@ -138,13 +150,28 @@ impl Journal {
         streams.iter_mut().try_for_each(|s| s.read(&mut file, &path))
     }
 
-    /// Writes packed matrices under `name` and takes up their records.
+    /// Writes packed matrices, and norms that changed with them, under `name` and takes up their
+    /// records.
     ///
     /// # Errors
     /// What the system refuses.
-    pub fn write_matrices(&mut self, name: &str, method: &str, rounded: &[Rounded]) -> Result<()> {
+    pub fn write_matrices(
+        &mut self,
+        name: &str,
+        method: &str,
+        rounded: &[Rounded],
+        norms: &[FoldedNorm],
+    ) -> Result<()> {
         let mut planned = Vec::new();
         let mut bytes: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+        for norm in norms {
+            let shape = vec![norm.weight.len()];
+            planned.push(PlannedTensor::new(norm.tensor.clone(), FileDtype::F32, shape));
+            let data = norm.weight.iter().flat_map(|v| v.to_le_bytes()).collect();
+            bytes.insert(norm.tensor.clone(), data);
+            let consumers = norm.consumers.iter();
+            self.state.folded.extend(consumers.map(|c| (c.clone(), norm.tensor.clone())));
+        }
         for r in rounded {
             let (record, parts) = describe(r, method);
             for (part, data) in record.parts(&r.tensor).into_iter().zip(parts) {

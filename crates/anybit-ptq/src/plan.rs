@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anybit_io::native::{PlaneRecord, QuantizedRecord};
 use anybit_io::safetensors_file::{FileDtype, FileLayout, PlannedTensor, layout};
 use anybit_io::{Checkpoint, Dtype, Format, ModelConfig};
 
-use crate::{LinearSettings, PtqError, Recipe, Result, methods};
+use crate::methods::{Place, Rounding};
+use crate::site::SiteKind;
+use crate::{LinearSettings, MatrixLayout, PtqError, Recipe, Result};
 
 /// The embedding's tensor.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -23,30 +24,18 @@ pub struct PlannedMatrix {
     pub rows: usize,
     /// Columns.
     pub cols: usize,
-    /// How.
+    /// How it is rounded.
     pub settings: LinearSettings,
+    /// How it is stored.
+    pub layout: MatrixLayout,
+    /// Whether the norm before takes up factors of its columns.
+    pub folds: bool,
 }
 
 impl PlannedMatrix {
     /// The tensors that will hold it.
     fn parts(&self) -> Vec<PlannedTensor> {
-        let (rows, cols, grid) = (self.rows, self.cols, self.settings.grid);
-        let record = QuantizedRecord {
-            rows,
-            cols,
-            method: String::new(),
-            planes: vec![PlaneRecord { rows, cols, grid }],
-            column_groups: 1,
-            column_scale: false,
-            row_perm: false,
-            code_bits: 0,
-            bytes: 0,
-            relative_error: 0.0,
-            output_error: None,
-            decoded_norm: 0.0,
-            blake3: String::new(),
-        };
-        record.parts(&self.tensor)
+        self.layout.parts(&self.tensor, self.rows, self.cols)
     }
 }
 
@@ -65,6 +54,8 @@ pub struct Plan {
     pub ram_bytes: u64,
     /// Estimated floating-point operations.
     pub flops: f64,
+    /// Whether rows have yet to be allocated: until then layouts are the least that they can be.
+    pub provisional: bool,
 }
 
 impl Plan {
@@ -82,17 +73,21 @@ impl Plan {
             )));
         }
         let config = &checkpoint.config;
+        let rounding = recipe.rounding()?;
         let mut problems = Vec::new();
         check_names(recipe, config, &mut problems);
-        let (mut matrices, mut dense) = (Vec::new(), Vec::new());
+        let (mut matrices, mut dense): (Vec<PlannedMatrix>, Vec<_>) = (Vec::new(), Vec::new());
         let mut misfits: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (tensor, shape) in config.tensors() {
-            match (settings_of(recipe, &tensor), &shape[..]) {
+            match (settings_of(recipe, &*rounding, &tensor), &shape[..]) {
                 (Some(settings), &[rows, cols]) => {
-                    if let Err(e) = settings.grid.validate(cols) {
-                        misfits.entry(e.to_string()).or_default().push(tensor.clone());
+                    let matrix = place(recipe, &*rounding, &tensor, (rows, cols), settings);
+                    for (grid, _) in &matrix.layout.planes {
+                        if let Err(e) = grid.validate(cols) {
+                            misfits.entry(e.to_string()).or_default().push(tensor.clone());
+                        }
                     }
-                    matrices.push(PlannedMatrix { tensor, rows, cols, settings });
+                    matrices.push(matrix);
                 }
                 _ => {
                     let dtype = match checkpoint.tensor(&tensor)?.dtype {
@@ -105,23 +100,35 @@ impl Plan {
                 }
             }
         }
+        for norm in matrices.iter().filter(|m| m.folds).filter_map(|m| norm_of(&m.tensor)) {
+            // Factors are exact only with all digits.
+            let tensor = dense.iter_mut().find(|t: &&mut PlannedTensor| t.name == norm);
+            tensor.into_iter().for_each(|t| t.dtype = FileDtype::F32);
+        }
         problems.extend(misfits.into_iter().map(|(what, tensors)| match &tensors[..] {
             [one] => format!("{one}: {what}"),
             [first, rest @ ..] => format!("{first} and {} more: {what}", rest.len()),
             [] => what,
         }));
-        let mut tensors = dense.clone();
-        if problems.is_empty() {
-            tensors.extend(matrices.iter().flat_map(PlannedMatrix::parts));
-        }
-        let files = layout(tensors);
-        let (ram_bytes, flops) = estimate(config, recipe, &matrices);
-        let plan = Self { matrices, dense, files, problems, ram_bytes, flops };
+        let (ram_bytes, flops) = estimate(config, recipe, &*rounding, &matrices);
+        let provisional = rounding.allocation().is_some();
+        let files = Vec::new();
+        let mut plan = Self { matrices, dense, files, problems, ram_bytes, flops, provisional };
+        plan.lay_out();
         if let Some(out) = out {
             // Finished blocks wait beside the output until it is assembled.
             anybit_io::atomic::check_space(out, 2 * plan.weight_bytes())?;
         }
         Ok(plan)
+    }
+
+    /// Lays out the files again, after layouts of matrices changed.
+    pub fn lay_out(&mut self) {
+        let mut tensors = self.dense.clone();
+        if self.problems.is_empty() {
+            tensors.extend(self.matrices.iter().flat_map(PlannedMatrix::parts));
+        }
+        self.files = layout(tensors);
     }
 
     /// Exact size of the weight files.
@@ -146,7 +153,7 @@ impl Plan {
         for m in self.matrices.iter().filter(|m| m.tensor.contains(".layers.")) {
             let n = (m.rows * m.cols) as f64;
             weights += n;
-            codes += n * m.settings.grid.bits() as f64;
+            codes += m.layout.code_bits(m.cols) as f64;
             total += m.parts().iter().map(|p| p.bytes() as f64 * 8.0).sum::<f64>();
         }
         let kept = |t: &&PlannedTensor| t.name.contains(".layers.") && t.shape.len() == 2;
@@ -159,8 +166,15 @@ impl Plan {
     }
 }
 
-fn settings_of(recipe: &Recipe, tensor: &str) -> Option<LinearSettings> {
+/// Settings of a tensor that is to be packed.
+fn settings_of(
+    recipe: &Recipe,
+    rounding: &dyn Rounding,
+    tensor: &str,
+) -> Option<LinearSettings> {
+    let allocated = rounding.needs().vocab_groups.is_some();
     match tensor {
+        EMBEDDING | HEAD if allocated => Some(recipe.settings_at(8)),
         EMBEDDING => recipe.embed_bits.map(|b| recipe.settings_at(b)),
         HEAD => recipe.head_bits.map(|b| recipe.settings_at(b)),
         _ => {
@@ -168,6 +182,53 @@ fn settings_of(recipe: &Recipe, tensor: &str) -> Option<LinearSettings> {
             recipe.settings(&format!("{linear}_proj"))
         }
     }
+}
+
+/// Block index and name of a linear below its block.
+fn split_linear(tensor: &str) -> Option<(&str, &str)> {
+    tensor.strip_prefix("model.layers.")?.strip_suffix(".weight")?.split_once('.')
+}
+
+/// The norm that feeds a linear.
+fn norm_of(tensor: &str) -> Option<String> {
+    let (layer, linear) = split_linear(tensor)?;
+    Some(format!("model.layers.{layer}.{}", SiteKind::of(linear)?.norm()?))
+}
+
+/// A matrix where it stands in the model: its norm may take up factors when all that the norm
+/// feeds is packed.
+fn place(
+    recipe: &Recipe,
+    rounding: &dyn Rounding,
+    tensor: &str,
+    (rows, cols): (usize, usize),
+    settings: LinearSettings,
+) -> PlannedMatrix {
+    let tensor = tensor.to_string();
+    let kind = split_linear(&tensor).and_then(|(_, linear)| SiteKind::of(linear));
+    let packed = |kind: SiteKind, layer: &str| {
+        let full = |linear: &&str| format!("model.layers.{layer}.{linear}");
+        kind.linears().iter().all(|linear| recipe.settings(&full(linear)).is_some())
+    };
+    let folds = match (kind, split_linear(&tensor)) {
+        (Some(kind), Some((layer, _))) => {
+            rounding.folds() && kind.norm().is_some() && packed(kind, layer)
+        }
+        _ => false,
+    };
+    let vocabulary = if tensor == HEAD { SiteKind::Head } else { SiteKind::Embedding };
+    let own = rounding.needs().vocab_groups.is_some();
+    let layout = match kind {
+        // Embedding and head are rounded to nearest, or by GPTQ and its like on a plain grid.
+        None if !own => MatrixLayout::single(settings.grid, rows),
+        kind => rounding.layout(Place {
+            kind: kind.unwrap_or(vocabulary),
+            folds,
+            shape: (rows, cols),
+            settings: &settings,
+        }),
+    };
+    PlannedMatrix { tensor, rows, cols, settings, layout, folds }
 }
 
 /// Patterns that match nothing are mistakes, and so is a head that is not there.
@@ -188,8 +249,14 @@ fn check_names(recipe: &Recipe, config: &ModelConfig, problems: &mut Vec<String>
 }
 
 /// Peak memory and work, from sizes alone; rough on purpose (`docs/decisions.md`).
-fn estimate(config: &ModelConfig, recipe: &Recipe, matrices: &[PlannedMatrix]) -> (u64, f64) {
-    let observes = methods::find(&recipe.method).is_some_and(|m| m.needs_gram());
+fn estimate(
+    config: &ModelConfig,
+    recipe: &Recipe,
+    rounding: &dyn Rounding,
+    matrices: &[PlannedMatrix],
+) -> (u64, f64) {
+    let needs = rounding.needs();
+    let observes = needs.data();
     let c = &recipe.calibration;
     let tokens = if observes { c.tokens.next_multiple_of(c.seqlen) } else { 0 } as f64;
     let (d, f, q) = (config.hidden_size, config.intermediate_size, config.q_size());
@@ -207,5 +274,15 @@ fn estimate(config: &ModelConfig, recipe: &Recipe, matrices: &[PlannedMatrix]) -
         false => matrices.iter().map(|m| (m.rows * m.cols) as f64 * 20.0).sum(),
     };
     let layers = config.num_layers as f64;
+    let gradients = match needs.fisher {
+        // Up, up again and back, which is twice as much.
+        Some(_) => {
+            let tokens = c.gradient_tokens.min(c.tokens) as f64;
+            let head = (config.vocab_size * d) as f64;
+            tokens * (8.0 * layers * block + 4.0 * head)
+        }
+        None => 0.0,
+    };
+    let rounding = gradients + rounding;
     (ram as u64, layers * tokens * (2.0 * (block + recomputed) + 1.2 * sites) + rounding)
 }

@@ -29,8 +29,14 @@ use crate::{PtqError, Result, methods};
 pub struct Recipe {
     /// Name of the method: one of [`methods::names`].
     pub method: String,
-    /// Bits of a weight's code, 1 to 8.
-    pub bits: u8,
+    /// Bits of a weight, 1 to 8; a fraction for methods that allocate rows.
+    pub bits: f64,
+    /// What `bits` counts.
+    #[serde(skip_serializing_if = "Count::is_codes")]
+    pub count: Count,
+    /// Most bytes of the weight files, everything in them counted; in the place of `bits`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<u64>,
     /// Columns that share a scale, a multiple of 8; −1 for the whole row.
     pub group_size: i64,
     /// Symmetric grids; asymmetric ones store a zero point per group.
@@ -54,8 +60,28 @@ pub struct Recipe {
     pub seed: u64,
     /// What is observed.
     pub calibration: CalibrationRecipe,
+    /// Options of the method, by name.
+    #[serde(skip_serializing_if = "toml::Table::is_empty")]
+    pub options: toml::Table,
     /// Settings of some linears, by pattern; later patterns (in alphabetical order) win.
     pub layers: BTreeMap<String, LayerOverride>,
+}
+
+/// What `bits` counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Count {
+    /// Bits of codes: what papers quote.
+    #[default]
+    Codes,
+    /// Everything that is stored for the linears of the blocks.
+    Total,
+}
+
+impl Count {
+    fn is_codes(&self) -> bool {
+        *self == Self::Codes
+    }
 }
 
 /// What is observed.
@@ -68,6 +94,8 @@ pub struct CalibrationRecipe {
     pub tokens: usize,
     /// Tokens of a sequence.
     pub seqlen: usize,
+    /// Tokens that gradients are taken on, for methods that need them: the first sequences.
+    pub gradient_tokens: usize,
 }
 
 /// Settings of some linears; what is absent comes from the recipe.
@@ -102,7 +130,9 @@ impl Default for Recipe {
     fn default() -> Self {
         Self {
             method: "gptq".into(),
-            bits: 4,
+            bits: 4.0,
+            count: Count::Codes,
+            max_bytes: None,
             group_size: 128,
             symmetric: true,
             scale: ScaleFit::MinMax,
@@ -113,6 +143,7 @@ impl Default for Recipe {
             skip: Vec::new(),
             seed: 0,
             calibration: CalibrationRecipe::default(),
+            options: toml::Table::new(),
             layers: BTreeMap::new(),
         }
     }
@@ -120,7 +151,8 @@ impl Default for Recipe {
 
 impl Default for CalibrationRecipe {
     fn default() -> Self {
-        Self { data: vec!["builtin".into()], tokens: 128 * 512, seqlen: 512 }
+        let data = vec!["builtin".into()];
+        Self { data, tokens: 128 * 512, seqlen: 512, gradient_tokens: 100 * 512 }
     }
 }
 
@@ -149,12 +181,17 @@ impl Recipe {
             let list = names.join(", ");
             return fail(format!("unknown method {:?}{near} (there are: {list})", self.method));
         }
-        let all_bits = [Some(self.bits), self.embed_bits, self.head_bits];
+        if !(1.0..=8.0).contains(&self.bits) {
+            return fail(format!("{} bits: weights take 1 to 8 bits", self.bits));
+        }
         let overrides = self.layers.values().map(|l| l.bits);
-        for bits in all_bits.into_iter().chain(overrides).flatten() {
+        for bits in [self.embed_bits, self.head_bits].into_iter().chain(overrides).flatten() {
             if !(1..=8).contains(&bits) {
                 return fail(format!("{bits} bits: weights take 1 to 8 bits"));
             }
+        }
+        if self.max_bytes.is_some() && self.count != Count::Codes {
+            return fail("max_bytes and count are two goals; give one".into());
         }
         let groups = self.layers.values().filter_map(|l| l.group_size);
         for g in std::iter::once(self.group_size).chain(groups) {
@@ -169,10 +206,54 @@ impl Recipe {
         }
         let c = &self.calibration;
         let sizes = 1..=1usize << 40;
-        if !(2..=1 << 20).contains(&c.seqlen) || !sizes.contains(&c.tokens) || c.data.is_empty() {
+        let counts = [c.tokens, c.gradient_tokens].iter().all(|n| sizes.contains(n));
+        if !(2..=1 << 20).contains(&c.seqlen) || !counts || c.data.is_empty() {
             let what = "calibration needs data, 1 to 2^40 tokens and a seqlen of 2 to 2^20";
             return fail(what.into());
         }
+        let allocates = self.rounding()?.allocation().is_some();
+        if allocates && self.layers.values().any(|l| *l != LayerOverride::default()) {
+            return fail(format!(
+                "{} gives each row a grid of its own: settings of layers do not apply; use skip \
+                 to leave layers unquantized",
+                self.method
+            ));
+        }
+        Ok(())
+    }
+
+    /// The method with its options.
+    ///
+    /// # Errors
+    /// An unknown method, or a setting or option that it cannot use.
+    pub fn rounding(&self) -> Result<Box<dyn methods::Rounding>> {
+        let method = methods::find(&self.method)
+            .ok_or_else(|| PtqError::Recipe(format!("unknown method {}", self.method)))?;
+        method.build(self).map_err(PtqError::Recipe)
+    }
+
+    /// The recipe with the method's options filled in.
+    ///
+    /// # Errors
+    /// As [`Self::rounding`].
+    pub fn resolved(&self) -> Result<Self> {
+        let options = self.rounding()?.options();
+        Ok(Self { options, ..self.clone() })
+    }
+
+    /// Parses `KEY=VALUE` of `--set` into the method's options.
+    ///
+    /// # Errors
+    /// No `=`, or a value that is no TOML value.
+    pub fn add_option(&mut self, text: &str) -> Result<()> {
+        let fail = |what: String| Err(PtqError::Recipe(format!("--set {text}: {what}")));
+        let Some((key, value)) = text.split_once('=') else {
+            return fail("expected KEY=VALUE".into());
+        };
+        // A bare word is a name.
+        let parsed = value.parse::<toml::Value>();
+        let value = parsed.unwrap_or_else(|_| toml::Value::String(value.into()));
+        self.options.insert(key.trim().to_string(), value);
         Ok(())
     }
 
@@ -193,7 +274,8 @@ impl Recipe {
         if self.skip.iter().any(|p| matches(p, name)) {
             return None;
         }
-        let (mut bits, mut group, mut symmetric) = (self.bits, self.group_size, self.symmetric);
+        let (mut bits, mut group, mut symmetric) =
+            (self.bits.round() as u8, self.group_size, self.symmetric);
         for (_, o) in self.layers.iter().filter(|(p, _)| matches(p, name)) {
             bits = o.bits.unwrap_or(bits);
             group = o.group_size.unwrap_or(group);
@@ -267,7 +349,7 @@ pub fn matches(pattern: &str, name: &str) -> bool {
 }
 
 /// Adds the nearest of the expected names to serde's "unknown field" message.
-fn with_nearest(message: &str) -> String {
+pub(crate) fn with_nearest(message: &str) -> String {
     let quoted =
         |s: &str| -> Vec<String> { s.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
     let Some(at) = message.find("unknown field") else { return message.to_string() };

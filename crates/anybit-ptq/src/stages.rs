@@ -1,201 +1,193 @@
-//! One block, in true sequential order: the inputs of each site come from the linears that were
-//! rounded before it.
+//! One block, site by site, in the order of computation:
 //!
-//! | stage | observes | rounds | then |
+//! | site | observed | consumers | then |
 //! |---|---|---|---|
 //! | 1 | attention input | q, k, v | attention with them |
 //! | 2 | attention output | o | `x += o(…)` |
 //! | 3 | MLP input | gate, up | |
 //! | 4 | their product | down | `x += down(…)` |
 //!
+//! Between observing a site and going on, a callback may round its linears and put the result in
+//! their place: then the later sites see inputs of the quantized block, which is true sequential
+//! order. A callback that only looks leaves the stream that of the original model.
+//!
 //! The product of gate and up is computed twice, once to observe it and once to pass it on:
 //! storing it would take more memory than everything else together.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::ops::Range;
 
-use anybit_core::{Gram, Matrix, QuantizedMatrix};
-use anybit_io::native::{relative_error, squared_norm};
+use anybit_core::{Gram, Matrix};
 use anybit_runtime::DecoderLayer;
 
-use crate::methods::{Method, SiteLinear};
-use crate::plan::PlannedMatrix;
+use crate::Result;
+use crate::site::{Needs, SiteKind, Statistics};
 use crate::streams::{Mover, Stream};
-use crate::{Plan, PtqError, Result};
 
-/// A packed matrix with what was measured of it.
-pub struct Rounded {
-    /// Name of its tensor.
-    pub tensor: String,
-    /// The codes.
-    pub matrix: QuantizedMatrix,
-    /// `‖W − Q‖² / ‖W‖²`.
-    pub relative_error: f64,
-    /// The same in the metric of the inputs.
-    pub output_error: Option<f64>,
-    /// `‖Q‖²`.
-    pub decoded_norm: f64,
-}
+/// Token weights of one block's linears, by name: `[groups, tokens]` of the first sequences.
+pub type TokenWeights = BTreeMap<String, Matrix>;
 
-/// Rounds every planned linear of block `index` of which `layer` holds the originals, and moves
-/// `stream` through the rounded block. On return `layer` holds the decoded weights.
+/// What to do at each site.
+pub type OnSite<'a> = &'a mut dyn FnMut(&mut DecoderLayer, SiteKind, Statistics) -> Result<()>;
+
+/// Moves `stream` through `layer` and calls `on_site` at every site with what `needs` asks for.
 ///
 /// # Errors
-/// A linear that cannot be rounded, by its name.
-pub fn quantize_block(
-    plan: &Plan,
-    method: &dyn Method,
-    index: usize,
+/// What `on_site` returns.
+pub fn walk_block(
     layer: &mut DecoderLayer,
     stream: &mut Stream,
     mover: &mut Mover,
-) -> Result<Vec<Rounded>> {
-    let planned: Vec<&PlannedMatrix> = plan.block(index).collect();
-    let mut block = BlockRounding { method, planned, layer, done: Vec::new() };
+    (needs, tokens): (Needs, Option<&TokenWeights>),
+    on_site: OnSite<'_>,
+) -> Result<()> {
     if stream.is_empty() {
-        block.round(&["q_proj", "k_proj", "v_proj", "o_proj"], None)?;
-        block.round(&["gate_proj", "up_proj", "down_proj"], None)?;
-        return Ok(block.done);
+        let nothing = |kind| on_site(layer, kind, Statistics::default());
+        return SiteKind::BLOCK.into_iter().try_for_each(nothing);
     }
     let Mover { rope, kv, buffers, normed, mixed, .. } = mover;
     let (seqlen, hidden) = (stream.seqlen, stream.hidden);
-    let q_size = block.layer.q.out_size();
-    let observes = method.needs_gram();
+    let q_size = layer.q.out_size();
+    let observer = |kind, width| Observer::new(kind, width, seqlen, needs, tokens);
 
-    let mut gram = Gram::new(hidden);
-    if observes {
+    let mut seen = observer(SiteKind::AttnInput, hidden);
+    if seen.looks() {
         for x in stream.sequences() {
             let normed = &mut normed[..x.len()];
-            block.layer.attention_input(x, normed);
-            gram.add(normed);
+            layer.attention_input(x, normed);
+            seen.add(normed);
         }
     }
-    block.round(&["q_proj", "k_proj", "v_proj"], observes.then_some(&gram))?;
+    on_site(layer, SiteKind::AttnInput, seen.finish())?;
 
-    let mut gram = Gram::new(q_size);
+    let mut seen = observer(SiteKind::AttnOutput, q_size);
     let mut attended = vec![0f32; stream.data.len() / hidden * q_size];
     for (x, attended) in stream.sequences().zip(attended.chunks_exact_mut(seqlen * q_size)) {
         let normed = &mut normed[..x.len()];
-        block.layer.attention_input(x, normed);
-        block.layer.attention_mix(normed, 0, rope, kv, buffers, attended);
-        if observes {
-            gram.add(attended);
-        }
+        layer.attention_input(x, normed);
+        layer.attention_mix(normed, 0, rope, kv, buffers, attended);
+        seen.add(attended);
     }
-    block.round(&["o_proj"], observes.then_some(&gram))?;
+    on_site(layer, SiteKind::AttnOutput, seen.finish())?;
 
-    let mut gram = Gram::new(hidden);
+    let mut seen = observer(SiteKind::MlpInput, hidden);
     for (x, attended) in stream.sequences_mut().zip(attended.chunks_exact(seqlen * q_size)) {
-        block.layer.attention_output(attended, buffers, x);
-        if observes {
+        layer.attention_output(attended, buffers, x);
+        if seen.looks() {
             let normed = &mut normed[..x.len()];
-            block.layer.mlp_input(x, normed);
-            gram.add(normed);
+            layer.mlp_input(x, normed);
+            seen.add(normed);
         }
     }
     drop(attended);
-    block.round(&["gate_proj", "up_proj"], observes.then_some(&gram))?;
+    on_site(layer, SiteKind::MlpInput, seen.finish())?;
 
-    let ffn = block.layer.gate.out_size();
-    let mut gram = Gram::new(ffn);
+    let ffn = layer.gate.out_size();
+    let mut seen = observer(SiteKind::DownInput, ffn);
     let product = &mut mixed[..seqlen * ffn];
-    if observes {
+    if seen.looks() {
         for x in stream.sequences() {
             let normed = &mut normed[..x.len()];
-            block.layer.mlp_input(x, normed);
-            block.layer.mlp_mix(normed, buffers, product);
-            gram.add(product);
+            layer.mlp_input(x, normed);
+            layer.mlp_mix(normed, buffers, product);
+            seen.add(product);
         }
     }
-    block.round(&["down_proj"], observes.then_some(&gram))?;
+    on_site(layer, SiteKind::DownInput, seen.finish())?;
 
     for x in stream.sequences_mut() {
         let normed = &mut normed[..x.len()];
-        block.layer.mlp_input(x, normed);
-        block.layer.mlp_mix(normed, buffers, product);
-        block.layer.mlp_output(product, buffers, x);
+        layer.mlp_input(x, normed);
+        layer.mlp_mix(normed, buffers, product);
+        layer.mlp_output(product, buffers, x);
     }
-    Ok(block.done)
+    Ok(())
 }
 
-struct BlockRounding<'a> {
-    method: &'a dyn Method,
-    planned: Vec<&'a PlannedMatrix>,
-    layer: &'a mut DecoderLayer,
-    done: Vec<Rounded>,
+/// Gathers the statistics of one site, sequence by sequence.
+pub struct Observer<'a> {
+    statistics: Statistics,
+    /// Sums of `|x_j|`.
+    magnitudes: Vec<f64>,
+    /// Names and token weights of the linears whose guided Gram matrices are wanted.
+    weighted: Vec<(&'a str, &'a Matrix)>,
+    seqlen: usize,
+    tokens: usize,
 }
 
-impl BlockRounding<'_> {
-    /// Rounds those of the linears `names` that are planned, and puts the decoded weights in
-    /// their place.
-    fn round(&mut self, names: &[&str], gram: Option<&Gram>) -> Result<()> {
-        let ends =
-            |m: &&&PlannedMatrix| names.iter().any(|n| m.tensor.ends_with(&format!(".{n}.weight")));
-        let site: Vec<&PlannedMatrix> = self.planned.iter().filter(ends).copied().collect();
-        let mut originals = Vec::new();
-        for m in &site {
-            let linear = linear_of(self.layer, &m.tensor)?;
-            originals.push(Matrix::from_rows(&*linear.weight));
+impl<'a> Observer<'a> {
+    fn new(
+        kind: SiteKind,
+        width: usize,
+        seqlen: usize,
+        needs: Needs,
+        tokens: Option<&'a TokenWeights>,
+    ) -> Self {
+        let own = |name: &&'static str| Some((*name, tokens?.get(*name)?));
+        let weighted: Vec<_> = kind.linears().iter().filter_map(own).collect();
+        Self::of(width, seqlen, needs, weighted)
+    }
+
+    /// An observer of inputs of `width` channels, for the linears of `weighted`.
+    pub fn of(
+        width: usize,
+        seqlen: usize,
+        needs: Needs,
+        weighted: Vec<(&'a str, &'a Matrix)>,
+    ) -> Self {
+        let guided = weighted
+            .iter()
+            .map(|(name, weights)| (name.to_string(), vec![Gram::new(width); weights.rows]));
+        let statistics = Statistics {
+            gram: needs.gram.then(|| Gram::new(width)),
+            magnitudes: None,
+            guided: guided.collect(),
+        };
+        let magnitudes = if needs.magnitudes { vec![0.0; width] } else { Vec::new() };
+        Self { statistics, magnitudes, weighted, seqlen, tokens: 0 }
+    }
+
+    fn looks(&self) -> bool {
+        self.statistics.gram.is_some()
+            || !self.magnitudes.is_empty()
+            || !self.statistics.guided.is_empty()
+    }
+
+    /// Adds the next sequence.
+    pub fn add(&mut self, x: &[f32]) {
+        let range = self.tokens..self.tokens + self.seqlen;
+        self.tokens += self.seqlen;
+        if let Some(gram) = &mut self.statistics.gram {
+            gram.add(x);
         }
-        let rounded = round_matrices(self.method, &site, &originals, gram)?;
-        for r in rounded {
-            let (tensor, decoded) = (r.0.tensor.clone(), r.1);
-            linear_of(self.layer, &tensor)?.weight = Arc::new(decoded);
-            self.done.push(r.0);
+        if !self.magnitudes.is_empty() {
+            for x in x.chunks_exact(self.magnitudes.len()) {
+                self.magnitudes.iter_mut().zip(x).for_each(|(sum, x)| *sum += x.abs() as f64);
+            }
         }
-        Ok(())
+        for (name, weights) in &self.weighted {
+            // Gradients may have been taken on fewer sequences.
+            if range.end <= weights.cols
+                && let Some(grams) = self.statistics.guided.get_mut(*name)
+            {
+                add_guided(grams, weights, range.clone(), x);
+            }
+        }
+    }
+
+    /// What was seen.
+    pub fn finish(mut self) -> Statistics {
+        if !self.magnitudes.is_empty() {
+            let count = self.tokens.max(1) as f64;
+            let means = self.magnitudes.iter().map(|sum| (sum / count) as f32).collect();
+            self.statistics.magnitudes = Some(means);
+        }
+        self.statistics
     }
 }
 
-fn linear_of<'a>(
-    layer: &'a mut DecoderLayer,
-    tensor: &str,
-) -> Result<&'a mut anybit_runtime::Linear> {
-    let name = tensor.splitn(4, '.').nth(3).and_then(|n| n.strip_suffix(".weight"));
-    name.and_then(|n| layer.linear_mut(n))
-        .ok_or_else(|| PtqError::Recipe(format!("{tensor} is no linear of a block")))
-}
-
-/// Rounds matrices that share their inputs; returns each with its decoded weights.
-///
-/// # Errors
-/// The matrix that cannot be rounded, by its name.
-pub fn round_matrices(
-    method: &dyn Method,
-    planned: &[&PlannedMatrix],
-    originals: &[Matrix],
-    gram: Option<&Gram>,
-) -> Result<Vec<(Rounded, Matrix)>> {
-    let linears: Vec<SiteLinear<'_>> = planned
-        .iter()
-        .zip(originals)
-        .map(|(p, weights)| SiteLinear { weights, settings: p.settings })
-        .collect();
-    let matrices = method.round(&linears, gram).map_err(|(i, source)| {
-        let tensor = planned.get(i).map_or(String::new(), |p| p.tensor.clone());
-        PtqError::Tensor { tensor, source }
-    })?;
-    let measured = planned.iter().zip(originals).zip(matrices);
-    Ok(measured.map(|((p, w), q)| measure(p, w, q, gram)).collect())
-}
-
-fn measure(
-    planned: &PlannedMatrix,
-    original: &Matrix,
-    matrix: QuantizedMatrix,
-    gram: Option<&Gram>,
-) -> (Rounded, Matrix) {
-    let decoded = matrix.dequantize();
-    let output_error = gram.map(|gram| {
-        let mut difference = original.clone();
-        difference.data.iter_mut().zip(&decoded.data).for_each(|(w, q)| *w -= q);
-        gram.trace(&difference) / gram.trace(original).max(f64::MIN_POSITIVE)
-    });
-    let rounded = Rounded {
-        tensor: planned.tensor.clone(),
-        relative_error: relative_error(original, &decoded),
-        output_error,
-        decoded_norm: squared_norm(&decoded),
-        matrix,
-    };
-    (rounded, decoded)
+fn add_guided(grams: &mut [Gram], weights: &Matrix, tokens: Range<usize>, x: &[f32]) {
+    for (k, gram) in grams.iter_mut().enumerate() {
+        gram.add_weighted(x, &weights.row(k)[tokens.clone()]);
+    }
 }

@@ -29,6 +29,8 @@ pub struct Options {
     pub report_text: Option<PathBuf>,
     /// Tokens of it; 0 for a report without these figures.
     pub report_tokens: usize,
+    /// Folder of what other goals can use again; none for `.anybit-cache` beside the output.
+    pub cache: Option<PathBuf>,
 }
 
 impl Options {
@@ -40,6 +42,7 @@ impl Options {
             resume: false,
             report_text: None,
             report_tokens: 4096,
+            cache: None,
         }
     }
 }
@@ -67,30 +70,36 @@ pub fn run(
     refuse_self(&checkpoint.path, &options.out)?;
     anybit_io::atomic::check_absent(&options.out, options.force)?;
     let plan = Plan::new(checkpoint, recipe, Some(&options.out))?;
-    let needs_data = methods::find(&recipe.method).is_some_and(|m| m.needs_gram());
-    let calibration = match needs_data {
-        true => {
-            let tokenizer = checkpoint.tokenizer()?;
-            Calibration::sample(&recipe.calibration, recipe.seed, &tokenizer)?
-        }
-        false => Calibration::none(),
-    };
+    let calibration = calibrate(checkpoint, recipe)?;
     let (text_name, monitor) = monitor_windows(checkpoint, options)?;
     let run_options = QuantizeOptions {
         out: options.out.clone(),
         force: options.force,
         resume: options.resume,
         monitor,
+        cache: options.cache.clone(),
     };
     let done =
         anybit_ptq::quantize(checkpoint, recipe, &plan, &calibration, &run_options, observe)?;
     let manifest = Manifest::read(done.folder.path())?;
     let quality = quality(checkpoint, &manifest, &done, &run_options.monitor, text_name)?;
-    let report = report(checkpoint, recipe, &manifest, &done, quality);
+    let report = report(checkpoint, &recipe.resolved()?, &manifest, &done, quality);
     write_report(done.folder.path(), &report)?;
     let block_seconds = done.blocks.iter().map(|b| b.seconds).collect();
     done.folder.finish()?;
     Ok(Outcome { report, block_seconds })
+}
+
+/// The sequences that a recipe calibrates on; none for a method that needs no data.
+///
+/// # Errors
+/// A text that cannot be read, or too few tokens.
+pub fn calibrate(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Calibration> {
+    if !recipe.rounding()?.needs().data() {
+        return Ok(Calibration::none());
+    }
+    let tokenizer = checkpoint.tokenizer()?;
+    Ok(Calibration::sample(&recipe.calibration, recipe.seed, &tokenizer)?)
 }
 
 /// Refuses an output in the place of its own source, which would destroy the source.
@@ -204,6 +213,7 @@ fn report(
         bits_per_weight_codes: codes,
         bits_per_weight_total: total,
         weight_file_bytes: done.weight_bytes,
+        predicted_error: done.predicted,
         original_file_bytes: checkpoint.weight_file_bytes(),
         license: license(checkpoint),
         matrices: matrices.collect(),

@@ -7,99 +7,96 @@
 
 use rayon::prelude::*;
 
-use super::codebook::Book;
-use super::{BLOCK, ROWS};
-use crate::linalg::{View, inverse_cholesky, matmul};
-use crate::{Gram, Matrix, Result};
+use super::{BLOCK, ROWS, RowGrid};
+use crate::Matrix;
+use crate::linalg::{View, matmul};
+use crate::rounding::GptqFactor;
 
-/// What error feedback needs of a Gram matrix.
-pub(super) struct Feedback {
-    /// Column that is rounded at each step.
-    order: Vec<usize>,
-    /// Inputs that never fire; they keep no weight.
-    dead: Vec<bool>,
-    u: Matrix,
+/// Codes of one pass of error feedback, `[n, m]`, and `Σ_j e_j²` of each row, which is its output
+/// error under the damped `H` (SKIM's specification, 4.5, step 6).
+pub fn feedback(
+    weights: &Matrix,
+    grids: &[RowGrid],
+    factor: &GptqFactor,
+) -> (Vec<u8>, Vec<f64>) {
+    let m = weights.cols;
+    let mut codes = vec![0u8; weights.data.len()];
+    let losses: Vec<Vec<f64>> = codes
+        .par_chunks_mut(ROWS * m.max(1))
+        .enumerate()
+        .map(|(chunk, codes)| {
+            let first = chunk * ROWS;
+            round_rows(factor, weights, &grids[first..], first, codes)
+        })
+        .collect();
+    (codes, losses.concat())
 }
 
-impl Feedback {
-    pub(super) fn new(gram: &Gram, damp: f64, act_order: bool) -> Result<Self> {
-        let (diagonal, dead) = (gram.diagonal(), gram.dead());
-        let mut order: Vec<usize> = (0..gram.size()).collect();
-        if act_order {
-            order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]).then(a.cmp(&b)));
+/// Rounds the rows from `first`, as many as `codes` holds; returns their losses.
+fn round_rows(
+    factor: &GptqFactor,
+    weights: &Matrix,
+    grids: &[RowGrid],
+    first: usize,
+    codes: &mut [u8],
+) -> Vec<f64> {
+    let m = weights.cols;
+    let count = codes.len() / m;
+    let mut w = vec![0f32; codes.len()];
+    for (r, w) in w.chunks_exact_mut(m).enumerate() {
+        let source = weights.row(first + r);
+        for (w, &column) in w.iter_mut().zip(&factor.order) {
+            *w = if factor.dead[column] { 0.0 } else { source[column] };
         }
-        let mut damped = gram.permuted(&order);
-        for (j, &column) in order.iter().enumerate() {
-            if dead[column] {
-                damped.set(j, j, 1.0);
-            }
-        }
-        let (u, _) = inverse_cholesky(&damped, damp)?;
-        Ok(Self { order, dead, u })
     }
+    let mut errors = vec![0f32; count * BLOCK];
+    let mut losses = vec![0f64; count];
+    for start in (0..m).step_by(BLOCK) {
+        let len = BLOCK.min(m - start);
+        let rows = w.chunks_exact_mut(m).zip(codes.chunks_exact_mut(m)).zip(grids);
+        let outs = errors.chunks_exact_mut(BLOCK).zip(&mut losses);
+        for (((w, codes), grid), (errors, loss)) in rows.zip(outs) {
+            *loss += round_block(factor, grid, w, codes, start, &mut errors[..len]);
+        }
+        let rest = start + len;
+        if rest < m {
+            let lhs = View::rows(&errors, count, len, BLOCK);
+            let rhs = View::rows(&factor.u.data[start * m + rest..], len, m - rest, m);
+            matmul(&mut w[rest..], m, true, -1.0, lhs, rhs);
+        }
+    }
+    losses
+}
 
-    pub(super) fn round(&self, weights: &Matrix, books: &[Book]) -> Vec<u8> {
-        let m = weights.cols;
-        let mut labels = vec![0u8; weights.data.len()];
-        labels.par_chunks_mut(ROWS * m.max(1)).enumerate().for_each(|(chunk, labels)| {
-            let first = chunk * ROWS;
-            self.round_rows(weights, &books[first..], first, labels);
-        });
-        labels
+fn round_block(
+    factor: &GptqFactor,
+    grid: &RowGrid,
+    w: &mut [f32],
+    codes: &mut [u8],
+    start: usize,
+    errors: &mut [f32],
+) -> f64 {
+    let end = start + errors.len();
+    let mut loss = 0f64;
+    for j in start..end {
+        let column = factor.order[j];
+        let code = grid.nearest(column, w[j]);
+        codes[column] = code;
+        let u = &factor.u.row(j)[j..end];
+        let error = (w[j] - grid.value(column, code)) / u[0];
+        w[j + 1..end].iter_mut().zip(&u[1..]).for_each(|(w, u)| *w -= error * u);
+        errors[j - start] = error;
+        loss += error as f64 * error as f64;
     }
-
-    /// Labels of the rows from `first`, as many as `labels` holds.
-    fn round_rows(&self, weights: &Matrix, books: &[Book], first: usize, labels: &mut [u8]) {
-        let m = weights.cols;
-        let count = labels.len() / m;
-        let mut w = vec![0f32; labels.len()];
-        for (r, w) in w.chunks_exact_mut(m).enumerate() {
-            let source = weights.row(first + r);
-            for (w, &column) in w.iter_mut().zip(&self.order) {
-                *w = if self.dead[column] { 0.0 } else { source[column] };
-            }
-        }
-        let mut errors = vec![0f32; count * BLOCK];
-        for start in (0..m).step_by(BLOCK) {
-            let len = BLOCK.min(m - start);
-            let rows = w.chunks_exact_mut(m).zip(labels.chunks_exact_mut(m)).zip(books);
-            for (((w, labels), book), errors) in rows.zip(errors.chunks_exact_mut(BLOCK)) {
-                self.round_block(book, w, labels, start, &mut errors[..len]);
-            }
-            let rest = start + len;
-            if rest < m {
-                let lhs = View::rows(&errors, count, len, BLOCK);
-                let rhs = View::rows(&self.u.data[start * m + rest..], len, m - rest, m);
-                matmul(&mut w[rest..], m, true, -1.0, lhs, rhs);
-            }
-        }
-    }
-
-    fn round_block(
-        &self,
-        book: &Book,
-        w: &mut [f32],
-        labels: &mut [u8],
-        start: usize,
-        errors: &mut [f32],
-    ) {
-        let end = start + errors.len();
-        for j in start..end {
-            let label = book.nearest(w[j]);
-            labels[self.order[j]] = label;
-            let u = &self.u.row(j)[j..end];
-            let error = (w[j] - book.values[label as usize]) / u[0];
-            w[j + 1..end].iter_mut().zip(&u[1..]).for_each(|(w, u)| *w -= error * u);
-            errors[j - start] = error;
-        }
-    }
+    loss
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::lnq::feedback_labels;
+    use super::feedback;
+    use crate::lnq::{RowGrid, Table};
     use crate::rng::SplitMix64;
-    use crate::rounding::{GptqOptions, gptq};
+    use crate::rounding::gptq::{GptqFactor, GptqOptions, GptqResult, gptq};
     use crate::{Gram, GridSpec, GroupGrid, Matrix, QuantizedMatrix, ScaleFit};
 
     /// With the values of an affine grid as codebook, feedback is GPTQ itself.
@@ -119,20 +116,22 @@ mod tests {
         gram.add(&x);
         let spec = GridSpec::affine(3, false, None);
         let options = GptqOptions { damp: 0.01, act_order: true, fit: ScaleFit::MinMax };
-        let plane = gptq(&w, &gram, spec, options).unwrap().plane;
+        let GptqResult { plane, loss, .. } = gptq(&w, &gram, spec, options).unwrap();
         let want = QuantizedMatrix::single(plane).dequantize();
-        // In falling order, to see that labels refer to the codebook as it was given.
-        let codebooks: Vec<Vec<f32>> = (0..n)
+        let grids: Vec<RowGrid> = (0..n)
             .map(|i| {
                 let grid = GroupGrid::fit(spec, w.row(i), ScaleFit::MinMax).unwrap();
-                (0..8).rev().map(|code| grid.decode(code)).collect()
+                let values: Vec<f32> = (0..8).map(|code| grid.decode(code)).collect();
+                RowGrid::own(Table::sorted(&values).0)
             })
             .collect();
-        let labels = feedback_labels(&w, &codebooks, &gram, 0.01, true).unwrap();
+        let factor = GptqFactor::new(&gram, options).unwrap();
+        let (labels, losses) = feedback(&w, &grids, &factor);
+        approx::assert_relative_eq!(losses.iter().sum::<f64>(), loss, max_relative = 1e-3);
         let differ = (0..n)
             .filter(|&i| {
                 let labels = labels[i * m..(i + 1) * m].iter();
-                labels.zip(want.row(i)).any(|(l, q)| codebooks[i][*l as usize] != *q)
+                labels.zip(want.row(i)).any(|(l, q)| grids[i].value(0, *l) != *q)
             })
             .count();
         // A value that is on a border up to rounding may fall to either side.

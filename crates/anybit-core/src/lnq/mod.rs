@@ -1,30 +1,34 @@
 //! LNQ, non-uniform rounding under the Gram matrix of the inputs (GuidedQuant, Kim et al., arXiv
-//! 2505.07004, section 4; specification of SKIM, section 7.3). For one row with codebook `c`, labels
-//! `l`, `P` the one-hot matrix of `l` and residual `r = w − P c`, alternately
+//! 2505.07004, section 4; specification of SKIM, section 7.3). For one row with parameters `θ` of
+//! its grid (the centroids of its codebook, or the scales of its groups: [`RowGrid`]), codes `l`,
+//! `q = P θ` and residual `r = w − P θ`, alternately
 //!
 //! ```text
-//! codebook:  c += (Pᵀ H P + ρ)⁻¹ Pᵀ H r               closed form, ρ = ridge · mean diagonal
-//! sweeps:    l_j = nearest_c(q_j + (r H)_j / H_jj)    coordinate descent, column after column
+//! grid:      θ += (Pᵀ H P + ρ)⁻¹ Pᵀ H r               closed form, ρ = ridge · mean diagonal
+//! sweeps:    l_j = nearest(q_j + (r H)_j / H_jj)      coordinate descent, column after column
 //! ```
 //!
-//! The ridge pulls towards the previous codebook, not towards zero, so that both halves can only
+//! Parameters are rounded to f16, as they are stored, before codes follow them. The ridge pulls towards the previous grid, not towards zero, so that both halves can only
 //! lower `r H rᵀ`; a row whose loss rises nevertheless, by rounding errors, is put back. `r H` is
 //! kept in f32: updates inside a block of columns are immediate, the rest of the row follows once
 //! per block with a matrix product, as in GPTQ. Rows start from the labels given, or from one pass
-//! of GPTQ's error feedback onto the given codebooks ([`feedback_labels`]), whichever is better.
+//! of GPTQ's error feedback onto the given grids ([`feedback`](feedback())), whichever is better.
 
-mod codebook;
 mod feedback;
+mod row_grid;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
+pub use feedback::feedback;
+pub use row_grid::{RowGrid, Table};
+
 use crate::column_scale::full_gram;
 use crate::linalg::{View, matmul};
+use crate::rounding::{GptqFactor, GptqOptions};
 use crate::{CoreError, Gram, Matrix, Result};
-use codebook::{Book, least_squares};
-use feedback::Feedback;
+use row_grid::{least_squares, relabel};
 
 /// Rows that one task rounds together; fixed, so that results do not depend on threads.
 const ROWS: usize = 32;
@@ -59,12 +63,22 @@ pub struct LnqOptions {
     pub ridge: f64,
     /// Where rows start.
     pub init: LnqInit,
+    /// Round parameters to f16, as they are stored, and sweep once more at the end, since rounding
+    /// moves all weights of a centroid or group together.
+    pub half: bool,
+}
+
+impl LnqOptions {
+    /// Fits and sweeps in turn, beginning with a fit.
+    fn half_steps(&self) -> usize {
+        2 * self.rounds + 1 + usize::from(self.half)
+    }
 }
 
 impl Default for LnqOptions {
     fn default() -> Self {
         let init = LnqInit::Feedback { damp: 0.01, act_order: true };
-        Self { rounds: 2, sweeps: 4, ridge: 1e-7, init }
+        Self { rounds: 2, sweeps: 4, ridge: 1e-7, init, half: true }
     }
 }
 
@@ -98,14 +112,61 @@ pub fn lnq(
     gram: &Gram,
     options: LnqOptions,
 ) -> Result<Lnq> {
-    let books = check(weights, codebooks, gram)?;
-    let labels = sorted_labels(&books, labels, weights.cols)?;
-    let alternative = match options.init {
+    check(weights, codebooks)?;
+    let (grids, labels) = sorted(weights.cols, codebooks, labels)?;
+    let factor = match options.init {
         LnqInit::Labels => None,
         LnqInit::Feedback { damp, act_order } => {
-            Some(Feedback::new(gram, damp, act_order)?.round(weights, &books))
+            let options = GptqOptions { damp, act_order, ..Default::default() };
+            Some(GptqFactor::new(gram, options)?)
         }
     };
+    let refined = refine(weights, grids, Some(labels), gram, factor.as_ref(), options)?;
+    let codebooks = refined.grids.iter().map(|grid| grid.table().values().to_vec()).collect();
+    let Refined { codes: labels, row_losses, trace, .. } = refined;
+    Ok(Lnq { codebooks, labels, row_losses, trace })
+}
+
+/// Rounded rows on grids of any kind.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Refined {
+    /// Grid of each row.
+    pub grids: Vec<RowGrid>,
+    /// Codes, `[n, m]`.
+    pub codes: Vec<u8>,
+    /// `r H rᵀ` of each row.
+    pub row_losses: Vec<f64>,
+    /// Their sum at the start given, after the choice of the start, and after every half step;
+    /// never rises.
+    pub trace: Vec<f64>,
+}
+
+/// Rounds rows on `grids` under `gram`, starting from `codes`, from error feedback with `factor`,
+/// or from the better of both. `options.init` plays no part.
+///
+/// # Errors
+/// A Gram matrix of another size, neither codes nor factor, weights that are not finite.
+pub fn refine(
+    weights: &Matrix,
+    grids: Vec<RowGrid>,
+    codes: Option<Vec<u8>>,
+    gram: &Gram,
+    factor: Option<&GptqFactor>,
+    options: LnqOptions,
+) -> Result<Refined> {
+    weights.check_finite("weight")?;
+    check_len("Gram matrix of the inputs", weights.cols, gram.size())?;
+    check_len("grids of rows", weights.rows, grids.len())?;
+    let fed_back = factor.map(|factor| feedback(weights, &grids, factor).0);
+    let (codes, alternative) = match (codes, fed_back) {
+        (Some(codes), alternative) => (codes, alternative),
+        (None, Some(codes)) => (codes, None),
+        (None, None) => {
+            let (expected, found) = ("codes or a factor".into(), "neither".into());
+            return Err(CoreError::Shape { what: "start of the rounding", expected, found });
+        }
+    };
+    check_len("codes", weights.data.len(), codes.len())?;
     let diagonal = gram.diagonal();
     let inverse = diagonal.iter().map(|h| if *h > 0.0 { 1.0 / *h } else { 0.0 }).collect();
     let solver = Solver { weights, h: full_gram(gram), inverse, options };
@@ -114,58 +175,34 @@ pub fn lnq(
         .map(|chunk| {
             let rows = chunk * ROWS..((chunk + 1) * ROWS).min(weights.rows);
             let part = rows.start * weights.cols..rows.end * weights.cols;
-            let other = alternative.as_ref().map(|labels| &labels[part.clone()]);
-            solver.run(rows.clone(), &books[rows], &labels[part], other)
+            let other = alternative.as_ref().map(|codes| &codes[part.clone()]);
+            solver.run(rows.clone(), &grids[rows], &codes[part], other)
         })
         .collect();
-    let mut done = Lnq {
-        codebooks: Vec::with_capacity(weights.rows),
-        labels: Vec::with_capacity(labels.len()),
+    let mut done = Refined {
+        grids: Vec::with_capacity(weights.rows),
+        codes: Vec::with_capacity(codes.len()),
         row_losses: Vec::with_capacity(weights.rows),
-        trace: vec![0.0; 3 + 2 * options.rounds],
+        trace: vec![0.0; 2 + options.half_steps()],
     };
     for (state, trace) in chunks {
-        done.codebooks.extend(state.books.into_iter().map(|book| book.values));
-        done.labels.extend(state.labels);
+        done.grids.extend(state.grids);
+        done.codes.extend(state.codes);
         done.row_losses.extend(state.losses);
         done.trace.iter_mut().zip(trace).for_each(|(total, part)| *total += part);
     }
     Ok(done)
 }
 
-/// Labels, in the order of the given codebooks, that one pass of GPTQ's error feedback gives:
-/// `w_{j+1..} −= (w_j − q_j) / U_jj · U_{j, j+1..}` with `H⁻¹ = UᵀU`.
-///
-/// # Errors
-/// As [`lnq`] with [`LnqInit::Feedback`].
-pub fn feedback_labels(
-    weights: &Matrix,
-    codebooks: &[Vec<f32>],
-    gram: &Gram,
-    damp: f64,
-    act_order: bool,
-) -> Result<Vec<u8>> {
-    let books = check(weights, codebooks, gram)?;
-    let mut labels = Feedback::new(gram, damp, act_order)?.round(weights, &books);
-    for (labels, book) in labels.chunks_mut(weights.cols.max(1)).zip(&books) {
-        labels.iter_mut().for_each(|label| *label = book.order[*label as usize]);
+fn check_len(what: &'static str, expected: usize, found: usize) -> Result<()> {
+    if expected == found {
+        return Ok(());
     }
-    Ok(labels)
+    Err(CoreError::Shape { what, expected: expected.to_string(), found: found.to_string() })
 }
 
-/// Checks everything but labels; returns sorted codebooks.
-fn check(weights: &Matrix, codebooks: &[Vec<f32>], gram: &Gram) -> Result<Vec<Book>> {
-    weights.check_finite("weight")?;
-    let shape = |what, expected: usize, found: usize| {
-        let (expected, found) = (expected.to_string(), found.to_string());
-        Err(CoreError::Shape { what, expected, found })
-    };
-    if gram.size() != weights.cols {
-        return shape("Gram matrix of the inputs", weights.cols, gram.size());
-    }
-    if codebooks.len() != weights.rows {
-        return shape("codebooks", weights.rows, codebooks.len());
-    }
+fn check(weights: &Matrix, codebooks: &[Vec<f32>]) -> Result<()> {
+    check_len("codebooks", weights.rows, codebooks.len())?;
     for (row, values) in codebooks.iter().enumerate() {
         if !(1..=256).contains(&values.len()) {
             return Err(CoreError::Shape {
@@ -179,26 +216,24 @@ fn check(weights: &Matrix, codebooks: &[Vec<f32>], gram: &Gram) -> Result<Vec<Bo
             return Err(CoreError::NotFinite { what: "codebook", row, col, value });
         }
     }
-    Ok(codebooks.iter().map(|values| Book::new(values)).collect())
+    Ok(())
 }
 
-/// Labels that refer to sorted codebooks.
-fn sorted_labels(books: &[Book], labels: &[u8], cols: usize) -> Result<Vec<u8>> {
-    if labels.len() != books.len() * cols {
-        return Err(CoreError::Shape {
-            what: "labels",
-            expected: (books.len() * cols).to_string(),
-            found: labels.len().to_string(),
-        });
-    }
-    let mut sorted = labels.to_vec();
-    for (row, (labels, book)) in sorted.chunks_mut(cols.max(1)).zip(books).enumerate() {
-        if labels.iter().any(|label| *label as usize >= book.values.len()) {
+/// Grids of sorted codebooks, and labels that refer to them.
+fn sorted(cols: usize, codebooks: &[Vec<f32>], labels: &[u8]) -> Result<(Vec<RowGrid>, Vec<u8>)> {
+    check_len("labels", codebooks.len() * cols, labels.len())?;
+    let mut labels = labels.to_vec();
+    let mut grids = Vec::with_capacity(codebooks.len());
+    let rows = labels.chunks_mut(cols.max(1)).zip(codebooks);
+    for (row, (labels, values)) in rows.enumerate() {
+        if labels.iter().any(|label| *label as usize >= values.len()) {
             return Err(CoreError::CodeRange { row });
         }
-        book.relabel(labels);
+        let (table, order) = Table::sorted(values);
+        relabel(&order, labels);
+        grids.push(RowGrid::own(table));
     }
-    Ok(sorted)
+    Ok((grids, labels))
 }
 
 /// What all rows share.
@@ -210,12 +245,12 @@ struct Solver<'a> {
     options: LnqOptions,
 }
 
-/// A few rows: codes and what follows from them.
+/// A few rows: grids, codes and what follows from them.
 #[derive(Clone)]
 struct State {
     first: usize,
-    books: Vec<Book>,
-    labels: Vec<u8>,
+    grids: Vec<RowGrid>,
+    codes: Vec<u8>,
     /// `R = W − Q`, and `R·H`.
     residual: Vec<f32>,
     product: Vec<f32>,
@@ -234,10 +269,10 @@ impl State {
             let keep = self.losses[r] <= *loss;
             if !keep {
                 let part = r * m..(r + 1) * m;
-                self.labels[part.clone()].copy_from_slice(&other.labels[part.clone()]);
+                self.codes[part.clone()].copy_from_slice(&other.codes[part.clone()]);
                 self.residual[part.clone()].copy_from_slice(&other.residual[part.clone()]);
                 self.product[part.clone()].copy_from_slice(&other.product[part]);
-                self.books[r] = other.books[r].clone();
+                self.grids[r] = other.grids[r].clone();
                 self.losses[r] = *loss;
             }
         }
@@ -249,23 +284,23 @@ impl Solver<'_> {
     fn run(
         &self,
         rows: Range<usize>,
-        books: &[Book],
-        labels: &[u8],
+        grids: &[RowGrid],
+        codes: &[u8],
         alternative: Option<&[u8]>,
     ) -> (State, Vec<f64>) {
         let m = self.weights.cols;
-        let mut best = self.state(rows.start, books.to_vec(), labels.to_vec());
+        let mut best = self.state(rows.start, grids.to_vec(), codes.to_vec());
         let mut trace = vec![best.loss()];
-        if let Some(labels) = alternative {
-            let mut other = self.state(rows.start, books.to_vec(), labels.to_vec());
+        if let Some(codes) = alternative {
+            let mut other = self.state(rows.start, grids.to_vec(), codes.to_vec());
             other.keep_better(&best, m);
             best = other;
         }
         trace.push(best.loss());
-        for half_step in 0..=2 * self.options.rounds {
+        for half_step in 0..self.options.half_steps() {
             let mut next = best.clone();
             match half_step % 2 {
-                0 => self.fit_codebooks(&mut next),
+                0 => self.fit_grids(&mut next),
                 _ => self.sweep(&mut next),
             }
             self.refresh(&mut next);
@@ -276,23 +311,22 @@ impl Solver<'_> {
         (best, trace)
     }
 
-    fn state(&self, first: usize, books: Vec<Book>, labels: Vec<u8>) -> State {
-        let (residual, product) = (vec![0.0; labels.len()], vec![0.0; labels.len()]);
-        let losses = vec![0.0; books.len()];
-        let mut state = State { first, books, labels, residual, product, losses };
+    fn state(&self, first: usize, grids: Vec<RowGrid>, codes: Vec<u8>) -> State {
+        let (residual, product) = (vec![0.0; codes.len()], vec![0.0; codes.len()]);
+        let losses = vec![0.0; grids.len()];
+        let mut state = State { first, grids, codes, residual, product, losses };
         self.refresh(&mut state);
         state
     }
 
     /// Recomputes residuals, products and losses from codes.
     fn refresh(&self, state: &mut State) {
-        let (m, count) = (self.weights.cols, state.books.len());
-        for r in 0..count {
+        let (m, count) = (self.weights.cols, state.grids.len());
+        for (r, grid) in state.grids.iter().enumerate() {
             let part = r * m..(r + 1) * m;
-            let (w, values) = (self.weights.row(state.first + r), &state.books[r].values);
-            let codes = w.iter().zip(&state.labels[part.clone()]);
-            for (out, (w, label)) in state.residual[part].iter_mut().zip(codes) {
-                *out = w - values[*label as usize];
+            let codes = self.weights.row(state.first + r).iter().zip(&state.codes[part.clone()]);
+            for (j, (out, (w, code))) in state.residual[part].iter_mut().zip(codes).enumerate() {
+                *out = w - grid.value(j, *code);
             }
         }
         let lhs = View::rows(&state.residual, count, m, m);
@@ -304,43 +338,55 @@ impl Solver<'_> {
         }
     }
 
-    /// Solves for the codebook of every row.
-    fn fit_codebooks(&self, state: &mut State) {
+    /// Solves for the grid of every row.
+    fn fit_grids(&self, state: &mut State) {
         let m = self.weights.cols;
-        let matrices = self.normal_matrices(state);
+        let features = self.features(state);
+        let matrices = self.normal_matrices(state, &features);
         for (r, matrix) in matrices.iter().enumerate() {
             let part = r * m..(r + 1) * m;
-            let labels = &mut state.labels[part.clone()];
-            let book = &mut state.books[r];
-            let mut pull = vec![0f64; book.values.len()];
-            for (label, p) in labels.iter().zip(&state.product[part]) {
-                pull[*label as usize] += *p as f64;
+            let grid = &mut state.grids[r];
+            let mut pull = vec![0f64; grid.parameters()];
+            for ((index, factor), p) in features[part.clone()].iter().zip(&state.product[part.clone()])
+            {
+                pull[*index as usize] += (*factor * *p) as f64;
             }
             let Some(shift) = least_squares(matrix, &pull, self.options.ridge) else { continue };
-            let values: Vec<f32> =
-                book.values.iter().zip(shift).map(|(c, s)| (*c as f64 + s) as f32).collect();
-            if values.iter().all(|c| c.is_finite()) {
-                *book = Book::new(&values);
-                book.relabel(labels);
+            if let Some(moved) = grid.moved(&shift, &mut state.codes[part], self.options.half) {
+                *grid = moved;
             }
         }
     }
 
+    /// The entries of `P`: of each weight its parameter and its coefficient.
+    fn features(&self, state: &State) -> Vec<(u16, f32)> {
+        let m = self.weights.cols.max(1);
+        let rows = state.codes.chunks(m).zip(&state.grids);
+        let row = |(codes, grid): (&[u8], &RowGrid)| -> Vec<(u16, f32)> {
+            let feature = |(j, code): (usize, &u8)| {
+                let (index, factor) = grid.feature(j, *code);
+                (index as u16, factor)
+            };
+            codes.iter().enumerate().map(feature).collect()
+        };
+        rows.flat_map(row).collect()
+    }
+
     /// `PᵀHP` of every row, `[k, k]`. Only tiles of the upper half of `H` are read.
-    fn normal_matrices(&self, state: &State) -> Vec<Vec<f64>> {
+    fn normal_matrices(&self, state: &State, features: &[(u16, f32)]) -> Vec<Vec<f64>> {
         let m = self.weights.cols;
-        let sizes = state.books.iter().map(|book| book.values.len());
+        let sizes = state.grids.iter().map(RowGrid::parameters);
         let mut matrices: Vec<Vec<f64>> = sizes.map(|k| vec![0f64; k * k]).collect();
         let mut sums = Vec::new();
         for i in (0..m).step_by(TILE) {
             for j in (i..m).step_by(TILE) {
                 let (down, across) = (i..(i + TILE).min(m), j..(j + TILE).min(m));
                 for (r, matrix) in matrices.iter_mut().enumerate() {
-                    let labels = &state.labels[r * m..(r + 1) * m];
-                    let k = state.books[r].values.len();
+                    let features = &features[r * m..(r + 1) * m];
+                    let k = state.grids[r].parameters();
                     sums.clear();
                     sums.resize(k * across.len(), 0f32);
-                    self.add_tile(labels, down.clone(), across.clone(), &mut sums, matrix);
+                    self.add_tile(features, down.clone(), across.clone(), &mut sums, matrix);
                 }
             }
         }
@@ -348,10 +394,11 @@ impl Solver<'_> {
     }
 
     /// Adds what a tile of `H`, and its mirror image, contribute to one row's `PᵀHP`. Rows of the
-    /// tile are summed by label first, which is the bulk of the work and runs over whole vectors.
+    /// tile are summed by parameter first, which is the bulk of the work and runs over whole
+    /// vectors.
     fn add_tile(
         &self,
-        labels: &[u8],
+        features: &[(u16, f32)],
         down: Range<usize>,
         across: Range<usize>,
         sums: &mut [f32],
@@ -361,16 +408,17 @@ impl Solver<'_> {
         let k = sums.len() / width;
         let mirrored = down.start != across.start;
         for i in down {
-            let start = labels[i] as usize * width;
+            let (index, factor) = features[i];
+            let start = index as usize * width;
             let row = &self.h.row(i)[across.clone()];
-            sums[start..start + width].iter_mut().zip(row).for_each(|(sum, h)| *sum += h);
+            sums[start..start + width].iter_mut().zip(row).for_each(|(sum, h)| *sum += factor * h);
         }
         for (p, sums) in sums.chunks_exact(width).enumerate() {
-            for (sum, q) in sums.iter().zip(&labels[across.clone()]) {
-                let q = *q as usize;
-                matrix[p * k + q] += *sum as f64;
+            for (sum, (q, factor)) in sums.iter().zip(&features[across.clone()]) {
+                let (q, sum) = (*q as usize, (*sum * *factor) as f64);
+                matrix[p * k + q] += sum;
                 if mirrored {
-                    matrix[q * k + p] += *sum as f64;
+                    matrix[q * k + p] += sum;
                 }
             }
         }
@@ -378,7 +426,7 @@ impl Solver<'_> {
 
     /// Coordinate descent: `sweeps` passes over all columns, fewer when labels stop changing.
     fn sweep(&self, state: &mut State) {
-        let (m, count) = (self.weights.cols, state.books.len());
+        let (m, count) = (self.weights.cols, state.grids.len());
         let mut steps = vec![0f32; count * BLOCK];
         for _ in 0..self.options.sweeps {
             let mut moved = false;
@@ -410,15 +458,15 @@ impl Solver<'_> {
         let mut product = [0f32; BLOCK];
         let product = &mut product[..len];
         product.copy_from_slice(&state.product[from..from + len]);
-        let labels = &mut state.labels[from..from + len];
-        let book = &state.books[r];
+        let codes = &mut state.codes[from..from + len];
+        let grid = &state.grids[r];
         let mut changed = false;
         for j in 0..len {
-            let old = book.values[labels[j] as usize];
-            let label = book.nearest(old + product[j] * self.inverse[start + j]);
-            let step = old - book.values[label as usize];
+            let old = grid.value(start + j, codes[j]);
+            let code = grid.nearest(start + j, old + product[j] * self.inverse[start + j]);
+            let step = old - grid.value(start + j, code);
             if step != 0.0 {
-                labels[j] = label;
+                codes[j] = code;
                 steps[j] = step;
                 changed = true;
                 let row = &self.h.row(start + j)[start..start + len];

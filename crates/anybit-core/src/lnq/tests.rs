@@ -46,8 +46,11 @@ fn solver(case: &Case) -> Solver<'_> {
     Solver { weights: &case.w, h: full_gram(&case.gram), inverse, options }
 }
 
-fn books(case: &Case, rows: Range<usize>) -> Vec<Book> {
-    case.codebooks[rows].iter().map(|values| Book::new(values)).collect()
+/// Grids and codes of some rows, sorted.
+fn start(case: &Case, rows: Range<usize>) -> (Vec<RowGrid>, Vec<u8>) {
+    let m = case.w.cols;
+    let codes = &case.labels[rows.start * m..rows.end * m];
+    sorted(m, &case.codebooks[rows], codes).unwrap()
 }
 
 #[test]
@@ -62,12 +65,12 @@ fn losses_fall_from_both_starts() {
     for init in [LnqInit::Labels, LnqOptions::default().init] {
         let result = run(1, init);
         assert_eq!(result, run(3, init));
-        assert_eq!(result.trace.len(), 7);
+        assert_eq!(result.trace.len(), 8);
         assert!(result.trace.windows(2).all(|t| t[1] <= t[0]), "{:?}", result.trace);
-        assert!(result.trace[6] < 0.2 * result.trace[0], "{:?}", result.trace);
+        assert!(result.trace[7] < 0.2 * result.trace[0], "{:?}", result.trace);
         assert_relative_eq!(
             result.row_losses.iter().sum::<f64>(),
-            result.trace[6],
+            result.trace[7],
             max_relative = 1e-12
         );
         for (i, loss) in result.row_losses.iter().enumerate() {
@@ -87,12 +90,15 @@ fn losses_fall_from_both_starts() {
 fn kernels_agree_with_their_definitions() {
     let case = case();
     let (solver, m) = (solver(&case), case.w.cols);
-    let mut state = solver.state(3, books(&case, 3..8), case.labels[3 * m..8 * m].to_vec());
-    let matrices = solver.normal_matrices(&state);
+    let mut state = {
+        let (grids, codes) = start(&case, 3..8);
+        solver.state(3, grids, codes)
+    };
+    let matrices = solver.normal_matrices(&state, &solver.features(&state));
     let scale = case.gram.diagonal().iter().fold(0f32, |a, h| a.max(*h)) as f64;
     for (r, matrix) in matrices.iter().enumerate() {
-        let labels = &state.labels[r * m..(r + 1) * m];
-        let k = state.books[r].values.len();
+        let labels = &state.codes[r * m..(r + 1) * m];
+        let k = state.grids[r].parameters();
         let mut want = vec![0f64; k * k];
         for i in 0..m {
             for j in 0..m {
@@ -131,12 +137,13 @@ fn t7_one_sweep() {
         codebooks: vec![codebook.map(|c| c as f32).to_vec()],
         gram,
     };
-    let (solver, sorted) = (solver(&case), books(&case, 0..1));
-    let labels = sorted_labels(&sorted, &case.labels, 4).unwrap();
-    let mut state = solver.state(0, sorted, labels);
+    let solver = solver(&case);
+    let (grids, codes) = start(&case, 0..1);
+    let mut state = solver.state(0, grids, codes);
     assert_relative_eq!(state.loss(), 39.7992424242, max_relative = 1e-6);
     solver.sweep(&mut state);
-    let labels = [0, 1, 2, 3].map(|j: usize| state.books[0].order[state.labels[j] as usize]);
+    // The codebook was given in falling order.
+    let labels = [0, 1, 2, 3].map(|j: usize| 1 - state.codes[j] as usize);
     assert_eq!(labels, [1, 1, 0, 0]);
     let r = [0, 1, 2, 3].map(|j: usize| w[j] - codebook[labels[j] as usize]);
     let mut loss = 0.0;

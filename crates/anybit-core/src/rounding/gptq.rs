@@ -53,11 +53,11 @@ pub struct GptqResult {
 /// What GPTQ needs of a Gram matrix; shared by all linears with the same inputs.
 pub struct GptqFactor {
     /// Column that is rounded at each step.
-    order: Vec<usize>,
+    pub(crate) order: Vec<usize>,
     /// Channels that no token excites.
-    dead: Vec<bool>,
+    pub(crate) dead: Vec<bool>,
     /// `U` with `H⁻¹ = UᵀU`, in rounding order.
-    u: Matrix,
+    pub(crate) u: Matrix,
     act_order: bool,
     /// The damping that was needed.
     pub damp: f64,

@@ -35,6 +35,9 @@ pub struct Report {
     pub bits_per_weight_total: f64,
     /// Size of the weight files written.
     pub weight_file_bytes: u64,
+    /// Error that the method predicted for the grids that it chose, in its own units; null where
+    /// it chose none.
+    pub predicted_error: Option<f64>,
     /// Size of the weight files read.
     pub original_file_bytes: u64,
     /// License of the base model, when it is known.
@@ -205,6 +208,7 @@ mod tests {
             bits_per_weight_codes: 4.0,
             bits_per_weight_total: 4.5,
             weight_file_bytes: 98_362_432,
+            predicted_error: Some(0.02),
             original_file_bytes: 269_060_552,
             license: Some("apache-2.0".into()),
             matrices: (0..layers).flat_map(|l| LINEARS.map(|kind| linear(l, kind))).collect(),

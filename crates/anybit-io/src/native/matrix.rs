@@ -1,7 +1,8 @@
 //! One packed matrix in a file: which tensors it is made of, its record, reading it back.
 
-use anybit_core::grid::GridSpec;
-use anybit_core::{CoreError, Plane, QuantizedMatrix};
+use anybit_core::bitstream::{pack_row, unpack_row, words_per_row};
+use anybit_core::quantized::{group_bits, permutation_of};
+use anybit_core::{CoreError, GridSpec, Plane, PlaneLengths, QuantizedMatrix, Sparse};
 use half::f16;
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +40,12 @@ pub struct QuantizedRecord {
     pub column_scale: bool,
     /// Whether a row permutation is stored.
     pub row_perm: bool,
+    /// Whether the row group of each row is stored: a permutation in fewer bytes (format 1.1).
+    #[serde(default)]
+    pub row_groups: bool,
+    /// Entries of the sparse part; none when null (format 1.1).
+    #[serde(default)]
+    pub sparse: Option<usize>,
     /// Bits of all codes, without padding.
     pub code_bits: u64,
     /// Bytes of everything stored.
@@ -73,7 +80,9 @@ impl QuantizedRecord {
             planes,
             column_groups: matrix.column_groups,
             column_scale: matrix.column_scale.is_some(),
-            row_perm: matrix.row_perm.is_some(),
+            row_perm: matrix.row_perm.is_some() && matrix.row_groups().is_none(),
+            row_groups: matrix.row_groups().is_some(),
+            sparse: matrix.sparse.as_ref().map(|s| s.cols.len()),
             code_bits: matrix.code_bits(),
             bytes: matrix.bytes().1 as u64,
             relative_error: 0.0,
@@ -89,7 +98,8 @@ impl QuantizedRecord {
         let mut parts = Vec::new();
         for (i, p) in self.planes.iter().enumerate() {
             let place = format!("{}.{}", i / self.column_groups, i % self.column_groups);
-            let [codes, scales, zeros] = Plane::lengths(p.grid, p.rows, p.cols);
+            let PlaneLengths { codes, scales, zeros, table } =
+                Plane::lengths(p.grid, p.rows, p.cols);
             let per_row = |len: usize| vec![p.rows, len / p.rows.max(1)];
             let codes_name = format!("{linear}.codes.{place}");
             parts.push(PlannedTensor::new(codes_name, FileDtype::U32, per_row(codes)));
@@ -103,16 +113,35 @@ impl QuantizedRecord {
                 let zeros_name = format!("{linear}.zeros.{place}");
                 parts.push(PlannedTensor::new(zeros_name, FileDtype::U32, per_row(zeros)));
             }
+            if table > 0 {
+                let table_name = format!("{linear}.table.{place}");
+                parts.push(PlannedTensor::new(table_name, FileDtype::F16, vec![table]));
+            }
         }
+        let mut part = |name: &str, dtype: FileDtype, len: usize| {
+            parts.push(PlannedTensor::new(format!("{linear}.{name}"), dtype, vec![len]));
+        };
         if self.column_scale {
-            let name = format!("{linear}.column_scale");
-            parts.push(PlannedTensor::new(name, FileDtype::F16, vec![self.cols]));
+            part("column_scale", FileDtype::F16, self.cols);
         }
         if self.row_perm {
-            let name = format!("{linear}.row_perm");
-            parts.push(PlannedTensor::new(name, FileDtype::U32, vec![self.rows]));
+            part("row_perm", FileDtype::U32, self.rows);
+        }
+        if self.row_groups {
+            part("row_groups", FileDtype::U32, words_per_row(self.rows, self.group_bits()));
+        }
+        if let Some(entries) = self.sparse {
+            let column = if Sparse::col_bytes(self.cols) == 2 { FileDtype::U16 } else { FileDtype::U32 };
+            part("sparse_rows", FileDtype::U32, self.rows + 1);
+            part("sparse_cols", column, entries);
+            part("sparse_values", FileDtype::F16, entries);
         }
         parts
+    }
+
+    /// Bits of a row group's number.
+    fn group_bits(&self) -> u8 {
+        group_bits(self.planes.len() / self.column_groups.max(1))
     }
 
     /// Hash of the stored parts.
@@ -145,6 +174,15 @@ impl QuantizedRecord {
         if self.column_groups == 0 {
             let (expected, found) = ("at least 1".into(), "0".into());
             return Err(fail(CoreError::Shape { what: "column groups", expected, found }));
+        }
+        if self.row_groups && self.planes.len() / self.column_groups > 256 {
+            let (expected, found) = ("at most 256".into(), self.planes.len().to_string());
+            return Err(fail(CoreError::Shape { what: "row groups", expected, found }));
+        }
+        if self.rows > MAX_SIDE || self.sparse.is_some_and(|n| n > MAX_SIDE) {
+            let expected = format!("at most {MAX_SIDE} rows and sparse entries");
+            let found = format!("{} and {:?}", self.rows, self.sparse);
+            return Err(fail(CoreError::Shape { what: "matrix", expected, found }));
         }
         for p in &self.planes {
             let (rows, cols) = (p.rows, p.cols);
@@ -188,14 +226,31 @@ impl QuantizedRecord {
         for p in &self.planes {
             let (codes, scales) = (words(next()), halves(next()));
             let zeros = if p.grid.has_zeros() { words(next()) } else { Vec::new() };
-            let plane = Plane::from_parts(p.grid, (p.rows, p.cols), codes, scales, zeros);
+            let shared = matches!(p.grid, GridSpec::SharedCodebook { .. });
+            let table = if shared { halves(next()) } else { Vec::new() };
+            let plane = Plane::from_parts(p.grid, (p.rows, p.cols), codes, scales, zeros, table);
             planes.push(plane.map_err(fail)?);
         }
         let column_scale = self.column_scale.then(|| halves(next()));
-        let row_perm = self.row_perm.then(|| words(next()));
+        let mut row_perm = self.row_perm.then(|| words(next()));
+        if self.row_groups {
+            let mut groups = vec![0; self.rows];
+            unpack_row(&words(next()), self.group_bits(), 0, &mut groups);
+            row_perm = Some(permutation_of(&groups, &planes).map_err(fail)?);
+        }
         let shape = (self.rows, self.cols);
-        QuantizedMatrix::from_planes(shape, planes, self.column_groups, column_scale, row_perm)
-            .map_err(fail)
+        let groups = self.column_groups;
+        let matrix = QuantizedMatrix::from_planes(shape, planes, groups, column_scale, row_perm);
+        let matrix = matrix.map_err(fail)?;
+        if self.sparse.is_none() {
+            return Ok(matrix);
+        }
+        let (rows, cols, values) = (words(next()), next(), halves(next()));
+        let cols = match Sparse::col_bytes(self.cols) {
+            2 => cols.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b).into()).collect(),
+            _ => words(cols),
+        };
+        matrix.with_sparse(Sparse { rows, cols, values }).map_err(fail)
     }
 }
 
@@ -210,9 +265,28 @@ pub fn part_bytes(matrix: &QuantizedMatrix) -> Vec<Vec<u8>> {
         if !p.zeros.is_empty() {
             parts.push(words(&p.zeros));
         }
+        if !p.table.is_empty() {
+            parts.push(halves(&p.table));
+        }
     }
     parts.extend(matrix.column_scale.as_deref().map(halves));
-    parts.extend(matrix.row_perm.as_deref().map(words));
+    match matrix.row_groups() {
+        Some(groups) => {
+            let bits = group_bits(matrix.row_group_count());
+            let mut stream = vec![0; words_per_row(groups.len(), bits)];
+            pack_row(&groups, bits, &mut stream);
+            parts.push(words(&stream));
+        }
+        None => parts.extend(matrix.row_perm.as_deref().map(words)),
+    }
+    if let Some(sparse) = &matrix.sparse {
+        parts.push(words(&sparse.rows));
+        parts.push(match Sparse::col_bytes(matrix.cols) {
+            2 => sparse.cols.iter().flat_map(|c| (*c as u16).to_le_bytes()).collect(),
+            _ => words(&sparse.cols),
+        });
+        parts.push(halves(&sparse.values));
+    }
     parts
 }
 

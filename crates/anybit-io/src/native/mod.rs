@@ -5,7 +5,9 @@ mod matrix;
 mod verify;
 
 pub use matrix::{PlaneRecord, QuantizedRecord, part_bytes};
-pub use verify::{Problem, relative_error, squared_norm, verify};
+pub use verify::{
+    Problem, fold_factors, relative_error, scale_columns, squared_norm, verify,
+};
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,7 +20,7 @@ use crate::{IoError, Result};
 /// Major version of the format: readers reject a newer one by name.
 pub const FORMAT_VERSION: u32 = 1;
 /// Minor version: readers accept every older and every newer one.
-pub const FORMAT_MINOR: u32 = 0;
+pub const FORMAT_MINOR: u32 = 1;
 /// Name of the manifest.
 pub const MANIFEST: &str = "anybit.json";
 
@@ -41,6 +43,10 @@ pub struct Manifest {
     pub quantized: BTreeMap<String, QuantizedRecord>,
     /// Tensors stored unquantized, by name.
     pub dense: BTreeMap<String, DenseRecord>,
+    /// Packed matrices whose column factors a norm took up, with the norm's name: the original
+    /// weight is near `decoded · diag(stored norm / original norm)` (format 1.1).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub folded: BTreeMap<String, String>,
 }
 
 /// A tensor stored unquantized.

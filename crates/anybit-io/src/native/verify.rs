@@ -93,6 +93,16 @@ fn check_matrix(
     if weight.shape() != decoded.shape() {
         return Ok(Some("the original has another shape: is it the right model?".into()));
     }
+    let decoded = match checkpoint.manifest().and_then(|m| m.folded.get(name)) {
+        None => decoded,
+        Some(norm) => {
+            let factors = fold_factors(&checkpoint.vector(norm)?, &original.vector(norm)?);
+            if factors.len() != decoded.cols {
+                return Ok(Some(format!("{norm}, which took up its factors, has another size")));
+            }
+            scale_columns(&decoded, &factors)
+        }
+    };
     let error = relative_error(&weight, &decoded);
     if !close(error, record.relative_error) {
         let recorded = record.relative_error;
@@ -101,6 +111,21 @@ fn check_matrix(
         )));
     }
     Ok(None)
+}
+
+/// What each channel of a norm took up: stored over original, 1 where the original is zero.
+pub fn fold_factors(stored: &[f32], original: &[f32]) -> Vec<f32> {
+    let factor = |(s, o): (&f32, &f32)| if *o == 0.0 { 1.0 } else { s / o };
+    stored.iter().zip(original).map(factor).collect()
+}
+
+/// `W diag(s)`.
+pub fn scale_columns(weights: &Matrix, scale: &[f32]) -> Matrix {
+    let mut scaled = weights.clone();
+    for row in scaled.data.chunks_mut(scale.len().max(1)) {
+        row.iter_mut().zip(scale).for_each(|(w, s)| *w *= s);
+    }
+    scaled
 }
 
 fn close(a: f64, b: f64) -> bool {

@@ -8,6 +8,7 @@ mod generate;
 mod inspect;
 mod output;
 mod quantize;
+mod recipe;
 mod synth;
 mod verify;
 

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anybit::io::Checkpoint;
-use anybit::ptq::{Event, Plan, Recipe};
+use anybit::ptq::{Count, Event, Plan, Recipe};
 use anybit::quantize::{Options, Outcome};
 use anybit::{Error, Result, machine};
 use clap::ValueEnum;
 use serde_json::json;
 
 use super::output::{Terminal, bytes_text, or_dash, print_table, write_json};
+use super::recipe::RecipeArgs;
 
 /// Quantize a model and write it packed, with a report.
 ///
@@ -23,6 +24,9 @@ Examples:
   anybit quantize model --method rtn --bits 8 --group-size -1 -o model-8bit
   anybit quantize model --bits 3 --layer '*.down_proj=bits:4' --skip '*.layers.0.*' -o mixed
   anybit quantize model --recipe my.toml --dry-run -o out
+  anybit quantize model --method skim --bits 3.2 -o model-3.2bit
+  anybit quantize model --method anybit --max-bytes 60MiB -o model-60mib
+  anybit quantize model --method anybit --match model-Q3_K_M.gguf -o model-as-small
   anybit quantize model --bits 4 --calib my-text.txt --resume -o model-4bit")]
 pub struct Args {
     /// The model: a Hugging Face folder or a .gguf file.
@@ -32,72 +36,26 @@ pub struct Args {
     #[arg(long, short, value_name = "DIR")]
     out: PathBuf,
 
-    /// Recipe file (TOML).
-    #[arg(long, value_name = "FILE")]
-    recipe: Option<PathBuf>,
+    #[command(flatten)]
+    recipe: RecipeArgs,
 
-    /// How weights are rounded [default: gptq].
-    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(anybit::ptq::methods::names()))]
-    method: Option<String>,
+    /// Bits of a weight, 1 to 8; a fraction for skim and anybit [default: 4].
+    #[arg(long, short, conflicts_with_all = ["max_bytes", "match_file"])]
+    bits: Option<f64>,
 
-    /// Bits of a weight's code, 1 to 8 [default: 4].
-    #[arg(long, short)]
-    bits: Option<u8>,
-
-    /// Columns that share a scale, a multiple of 8; -1 for the whole row [default: 128].
-    #[arg(long, value_name = "G", allow_negative_numbers = true)]
-    group_size: Option<i64>,
-
-    /// Asymmetric grids, with a zero point per group.
-    #[arg(long)]
-    asym: bool,
-
-    /// How a group's scale is fitted [default: min-max].
+    /// What --bits counts: codes alone, as papers do, or everything that is stored [default:
+    /// codes].
     #[arg(long, value_enum)]
-    scale: Option<ScaleArg>,
+    count: Option<CountArg>,
 
-    /// GPTQ: round columns in order of falling activation energy; groups are static, so it costs
-    /// nothing at run time [default: true].
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    act_order: Option<bool>,
+    /// Most bytes of the weight files, everything in them counted, such as 60MiB or 90MB; for
+    /// skim and anybit, which fill them.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    max_bytes: Option<u64>,
 
-    /// GPTQ: damping as a fraction of the mean diagonal [default: 0.01].
-    #[arg(long)]
-    damp: Option<f64>,
-
-    /// Quantize the embedding to this many bits (to nearest).
-    #[arg(long, value_name = "B")]
-    embed_bits: Option<u8>,
-
-    /// Quantize an untied head to this many bits.
-    #[arg(long, value_name = "B")]
-    head_bits: Option<u8>,
-
-    /// Leave linears that match the pattern unquantized; may be repeated.
-    #[arg(long, value_name = "PATTERN")]
-    skip: Vec<String>,
-
-    /// Settings of linears that match: PATTERN=bits:N[,group_size:N][,symmetric:BOOL]; may be
-    /// repeated.
-    #[arg(long, value_name = "PATTERN=…")]
-    layer: Vec<String>,
-
-    /// Calibration text: a file (.txt, .jsonl), "builtin", or the name of a data set below the
-    /// folder ANYBIT_DATA; may be repeated [default: builtin].
-    #[arg(long, value_name = "TEXT")]
-    calib: Vec<String>,
-
-    /// Calibration tokens [default: 65536].
-    #[arg(long, value_name = "N")]
-    calib_tokens: Option<usize>,
-
-    /// Tokens of a calibration sequence [default: 512].
-    #[arg(long, value_name = "N")]
-    seqlen: Option<usize>,
-
-    /// Seed of everything random [default: 0].
-    #[arg(long)]
-    seed: Option<u64>,
+    /// Most bytes: those that the tensors of this model take.
+    #[arg(long = "match", value_name = "MODEL", conflicts_with = "max_bytes")]
+    match_file: Option<PathBuf>,
 
     /// Text for the report's figures before and after; a built-in public-domain text by default.
     #[arg(long, value_name = "FILE")]
@@ -125,43 +83,48 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum ScaleArg {
-    MinMax,
-    Mse,
+enum CountArg {
+    Codes,
+    Total,
 }
 
 impl Args {
     fn recipe(&self) -> Result<Recipe> {
-        let mut r = match &self.recipe {
-            Some(path) => Recipe::read(path)?,
-            None => Recipe::default(),
-        };
-        r.method = self.method.clone().unwrap_or(r.method);
+        let mut r = self.recipe.read()?;
         r.bits = self.bits.unwrap_or(r.bits);
-        r.group_size = self.group_size.unwrap_or(r.group_size);
-        r.symmetric &= !self.asym;
-        r.act_order = self.act_order.unwrap_or(r.act_order);
-        r.damp = self.damp.unwrap_or(r.damp);
-        r.embed_bits = self.embed_bits.or(r.embed_bits);
-        r.head_bits = self.head_bits.or(r.head_bits);
-        r.seed = self.seed.unwrap_or(r.seed);
-        r.skip.extend(self.skip.iter().cloned());
-        if let Some(scale) = self.scale {
-            r.scale = match scale {
-                ScaleArg::MinMax => anybit::core::ScaleFit::MinMax,
-                ScaleArg::Mse => anybit::core::ScaleFit::Mse,
-            };
+        match self.count {
+            None => {}
+            Some(CountArg::Codes) => r.count = Count::Codes,
+            Some(CountArg::Total) => r.count = Count::Total,
         }
-        if !self.calib.is_empty() {
-            r.calibration.data = self.calib.clone();
-        }
-        r.calibration.tokens = self.calib_tokens.unwrap_or(r.calibration.tokens);
-        r.calibration.seqlen = self.seqlen.unwrap_or(r.calibration.seqlen);
-        for layer in &self.layer {
-            r.add_layer(layer)?;
+        r.max_bytes = self.max_bytes.or(r.max_bytes);
+        if let Some(path) = &self.match_file {
+            r.max_bytes = Some(Checkpoint::open(path)?.tensor_bytes());
         }
         r.validate()?;
         Ok(r)
+    }
+}
+
+/// Bytes, with a unit of 1000 (kB, MB, GB) or 1024 (KiB, MiB, GiB) if wanted.
+fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let at = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let factor = match unit {
+        "" | "B" => 1.0,
+        "kB" | "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "KiB" => 1024.0,
+        "MiB" => 1024.0 * 1024.0,
+        "GiB" => 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(format!("unknown unit {unit:?}; use B, kB, MB, GB, KiB, MiB or GiB")),
+    };
+    let number: f64 = number.trim().parse().map_err(|_| format!("{number:?} is no number"))?;
+    let bytes = number * factor;
+    match bytes >= 1.0 && bytes < 1e18 {
+        true => Ok(bytes as u64),
+        false => Err("a size is at least one byte".into()),
     }
 }
 
@@ -177,19 +140,30 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
         resume: args.resume,
         report_text: args.report_text.clone(),
         report_tokens: args.report_tokens,
+        cache: args.recipe.cache.clone(),
     };
     let started = Instant::now();
+    let gradients = terminal.bar("gradients", 0);
+    let measured = terminal.bar("error tables", 0);
     let blocks = terminal.bar("blocks", checkpoint.config.num_layers as u64);
     let files = terminal.byte_bar("writing", 0);
     let outcome =
         anybit::quantize::run(&checkpoint, &recipe, &options, &mut |event| match event {
+            Event::Gradients(done, total) => {
+                gradients.set_length(total);
+                gradients.set_position(done);
+            }
+            Event::Measuring(index, layers) => {
+                measured.set_length(layers as u64);
+                measured.set_position(index as u64);
+            }
             Event::Block(index, _) => blocks.set_position(index as u64),
             Event::Assembling(done, total) => {
                 files.set_length(total);
                 files.set_position(done);
             }
         })?;
-    blocks.finish_and_clear();
+    [gradients, measured, blocks].iter().for_each(|bar| bar.finish_and_clear());
     files.finish_and_clear();
     if let Some(path) = &args.json {
         write_json(path, &outcome.report)?;
@@ -214,6 +188,9 @@ fn print_outcome(args: &Args, outcome: &Outcome, seconds: f64) {
             format!("{:.3} codes, {:.3} total", r.bits_per_weight_codes, r.bits_per_weight_total),
         ),
     ];
+    if let Some(predicted) = r.predicted_error {
+        rows.push(row("predicted error", format!("{predicted:.5}")));
+    }
     if let Some(q) = &r.quality {
         let interval = q.kl_ci95.map(|[low, high]| (high - low) / 2.0);
         rows.push(row(

@@ -3,10 +3,14 @@
 //! The arithmetic is in [`anybit_core::rounding::gptq`](mod@anybit_core::rounding::gptq); here
 //! the factor of `H` is shared by the linears of a site.
 
+use anybit_core::QuantizedMatrix;
 use anybit_core::rounding::gptq::{GptqFactor, GptqOptions, gptq_with};
-use anybit_core::{CoreError, Gram, QuantizedMatrix};
 
-use super::{Citation, Method, SiteLinear};
+use super::{Citation, Method, NoOptions, Place, Rounding, read_options, whole_bits};
+use crate::Recipe;
+use crate::layout::MatrixLayout;
+use crate::site::{Needs, Site, SiteError, SiteLinear, SiteRounding};
+use crate::tables::Allocation;
 
 /// GPTQ.
 pub struct Gptq;
@@ -29,22 +33,37 @@ impl Method for Gptq {
         })
     }
 
-    fn needs_gram(&self) -> bool {
-        true
+    fn build(&self, recipe: &Recipe) -> Result<Box<dyn Rounding>, String> {
+        read_options::<NoOptions>(recipe)?;
+        whole_bits(recipe)?;
+        Ok(Box::new(Feedback))
+    }
+}
+
+struct Feedback;
+
+impl Rounding for Feedback {
+    fn needs(&self) -> Needs {
+        Needs { gram: true, ..Default::default() }
     }
 
-    fn round(
-        &self,
-        linears: &[SiteLinear<'_>],
-        gram: Option<&Gram>,
-    ) -> Result<Vec<QuantizedMatrix>, (usize, CoreError)> {
-        let missing = || CoreError::Shape {
-            what: "Gram matrix of the inputs",
-            expected: "one".into(),
-            found: "none".into(),
+    fn options(&self) -> toml::Table {
+        toml::Table::new()
+    }
+
+    fn folds(&self) -> bool {
+        false
+    }
+
+    fn layout(&self, place: Place<'_>) -> MatrixLayout {
+        MatrixLayout::single(place.settings.grid, place.shape.0)
+    }
+
+    fn round(&self, site: &Site<'_>) -> Result<SiteRounding, SiteError> {
+        let gram = site.gram()?;
+        let Some(first) = site.linears.first() else {
+            return Ok(SiteRounding::plain(Vec::new()));
         };
-        let gram = gram.ok_or_else(|| (0, missing()))?;
-        let Some(first) = linears.first() else { return Ok(Vec::new()) };
         // Damping and order are settings of the whole recipe, so one factor serves the site.
         let options = GptqOptions {
             damp: first.settings.damp,
@@ -56,6 +75,11 @@ impl Method for Gptq {
             let result = gptq_with(l.weights, &factor, l.settings.grid, l.settings.scale);
             result.map(|r| QuantizedMatrix::single(r.plane)).map_err(|e| (i, e))
         };
-        linears.iter().enumerate().map(round).collect()
+        let matrices = site.linears.iter().enumerate().map(round);
+        Ok(SiteRounding::plain(matrices.collect::<Result<_, _>>()?))
+    }
+
+    fn allocation(&self) -> Option<&dyn Allocation> {
+        None
     }
 }

@@ -1,10 +1,14 @@
 //! Round to nearest: `u = clamp(round(w/s + z))` for each weight by itself. The baseline that
 //! every other method has to beat; needs no data.
 
+use anybit_core::QuantizedMatrix;
 use anybit_core::rounding::nearest;
-use anybit_core::{CoreError, Gram, QuantizedMatrix};
 
-use super::{Citation, Method, SiteLinear};
+use super::{Citation, Method, NoOptions, Place, Rounding, read_options, whole_bits};
+use crate::Recipe;
+use crate::layout::MatrixLayout;
+use crate::site::{Needs, Site, SiteError, SiteRounding};
+use crate::tables::Allocation;
 
 /// Round to nearest.
 pub struct Rtn;
@@ -22,19 +26,43 @@ impl Method for Rtn {
         None
     }
 
-    fn needs_gram(&self) -> bool {
+    fn build(&self, recipe: &Recipe) -> Result<Box<dyn Rounding>, String> {
+        read_options::<NoOptions>(recipe)?;
+        whole_bits(recipe)?;
+        Ok(Box::new(Nearest))
+    }
+}
+
+/// Rounds every weight by itself.
+pub struct Nearest;
+
+impl Rounding for Nearest {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+
+    fn options(&self) -> toml::Table {
+        toml::Table::new()
+    }
+
+    fn folds(&self) -> bool {
         false
     }
 
-    fn round(
-        &self,
-        linears: &[SiteLinear<'_>],
-        _gram: Option<&Gram>,
-    ) -> Result<Vec<QuantizedMatrix>, (usize, CoreError)> {
-        let round = |(i, l): (usize, &SiteLinear<'_>)| {
+    fn layout(&self, place: Place<'_>) -> MatrixLayout {
+        MatrixLayout::single(place.settings.grid, place.shape.0)
+    }
+
+    fn round(&self, site: &Site<'_>) -> Result<SiteRounding, SiteError> {
+        let round = |(i, l): (usize, &crate::site::SiteLinear<'_>)| {
             let plane = nearest(l.weights, l.settings.grid, l.settings.scale);
             plane.map(QuantizedMatrix::single).map_err(|e| (i, e))
         };
-        linears.iter().enumerate().map(round).collect()
+        let matrices = site.linears.iter().enumerate().map(round);
+        Ok(SiteRounding::plain(matrices.collect::<Result<_, _>>()?))
+    }
+
+    fn allocation(&self) -> Option<&dyn Allocation> {
+        None
     }
 }

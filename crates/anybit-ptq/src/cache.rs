@@ -1,0 +1,73 @@
+//! What is expensive and serves many goals: sensitivities and error tables, in a folder named by a
+//! hash of everything that they depend on. Files are written beside and renamed, so a run that is
+//! killed leaves whole files or none, and the next run continues where they end.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anybit_io::{IoError, atomic};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::Result;
+
+/// One folder of the cache.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    folder: PathBuf,
+}
+
+impl Cache {
+    /// The folder below `root` for what depends on `parts`.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn open(root: &Path, kind: &str, parts: &[&str]) -> Result<Self> {
+        let mut hasher = blake3::Hasher::new();
+        for part in parts {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part.as_bytes());
+        }
+        let key = hasher.finalize().to_hex();
+        let folder = root.join(format!("{kind}-{}", &key[..24]));
+        fs::create_dir_all(&folder).map_err(|e| IoError::file("create", &folder, e))?;
+        Ok(Self { folder })
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The path of a file in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Reads a value; none when it is not there.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that holds something else: delete the folder then.
+    pub fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
+        let path = self.path(name);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = fs::read(&path).map_err(|e| IoError::file("read", &path, e))?;
+        let value = serde_json::from_slice(&text).map_err(|e| {
+            let what = format!("{e}; it is only a cache: delete {}", self.folder.display());
+            IoError::damaged(&path, what)
+        })?;
+        Ok(Some(value))
+    }
+
+    /// Writes a value.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
+        let path = self.path(name);
+        let text = serde_json::to_vec(value).map_err(|e| IoError::damaged(&path, e.to_string()))?;
+        Ok(atomic::write_bytes(&path, &text)?)
+    }
+}
