@@ -5,7 +5,7 @@ or exits with 1 at the first difference. Usage: python tests/read_native.py DIR"
 import json, pathlib, struct, sys
 import numpy as np
 
-TYPES = {"U32": "<u4", "F16": "<f2"}  # all that packed parts are made of
+TYPES = {"U32": "<u4", "U16": "<u2", "F16": "<f2"}  # all that packed parts are made of
 
 def read_parts(folder):
     parts = {}
@@ -30,6 +30,8 @@ def decode_plane(cols, grid, part):
     if grid["type"] == "codebook":
         return np.take_along_axis(part("codebook").astype("f4"), codes.astype(int), axis=1)
     group = np.arange(cols) // (grid["group_size"] or cols)
+    if grid["type"] == "shared_codebook":
+        return part("table").astype("f4")[codes] * part("scales").astype("f4")[:, group]
     if grid["type"] == "half_integer":
         zero = np.array((2**bits - 1) / 2, "f4")
     elif grid["symmetric"]:
@@ -45,8 +47,19 @@ def decode(linear, record, parts):
         planes.append(decode_plane(plane["cols"], plane["grid"], part))
     matrix = np.vstack([np.hstack(planes[i : i + n]) for i in range(0, len(planes), n)])
     matrix = matrix[parts[linear + ".row_perm"]] if record["row_perm"] else matrix
-    scale = parts[linear + ".column_scale"].astype("f4") if record["column_scale"] else 1
-    return matrix * scale
+    if record.get("row_groups"):
+        bits = max(1, (len(record["planes"]) // n - 1).bit_length())
+        groups = unpack(parts[linear + ".row_groups"][None], bits, record["rows"])[0]
+        perm = np.empty(len(groups), int)
+        perm[np.argsort(groups, kind="stable")] = np.arange(len(groups))
+        matrix = matrix[perm]
+    if record["column_scale"]:
+        matrix = matrix * parts[linear + ".column_scale"].astype("f4")
+    if record.get("sparse") is not None:
+        rows = np.repeat(np.arange(record["rows"]), np.diff(parts[linear + ".sparse_rows"]))
+        values = parts[linear + ".sparse_values"].astype("f4")
+        matrix[rows, parts[linear + ".sparse_cols"]] += values
+    return matrix
 
 folder = pathlib.Path(sys.argv[1])
 manifest, parts = json.loads((folder / "anybit.json").read_text()), read_parts(folder)

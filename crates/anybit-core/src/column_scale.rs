@@ -79,7 +79,7 @@ pub fn train(
 ) -> Result<ColumnScale> {
     let layer = Layer::new(weights, labels, bits, sensitivity, options.weights)?;
     check_len("Gram matrix of the inputs", weights.cols, gram.size())?;
-    let metric = Dense(full_gram(gram));
+    let metric = Dense(gram.to_full());
     let ones = vec![1.0; weights.cols];
     let (loss_before, alpha) = descend(&layer, &metric, options);
     // What is stored is f16, so that is what is judged.
@@ -143,18 +143,6 @@ impl Adam {
             *x -= rate * (*first / bias[0]) / ((*second / bias[1]).sqrt() + EPSILON);
         }
     }
-}
-
-/// `H` with both halves filled in, for products.
-pub(crate) fn full_gram(gram: &Gram) -> Matrix {
-    let n = gram.size();
-    let mut full = Matrix::zeros(n, n);
-    full.data.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
-        for (j, h) in row.iter_mut().enumerate() {
-            *h = gram.at(i, j);
-        }
-    });
-    full
 }
 
 /// Multiplication by `H`.
@@ -413,7 +401,7 @@ mod tests {
             let tripled = alpha.map(|a| 3.0 * a);
             assert_relative_eq!(layer.evaluate(&tripled, &H).0, got_loss, max_relative = 1e-12);
             // The f32 product agrees.
-            let dense = Dense(full_gram(&golden_gram()));
+            let dense = Dense(golden_gram().to_full());
             assert_relative_eq!(layer.evaluate(&alpha, &dense).0, loss, max_relative = 1e-5);
         }
         let layer = Layer::new(&w, &LABELS, &[1, 1], &p, CentroidWeights::Sensitivity).unwrap();

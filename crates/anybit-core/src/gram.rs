@@ -65,7 +65,8 @@ impl Gram {
     pub fn add_weighted(&mut self, x: &[f32], weights: &[f32]) {
         assert_eq!(x.len(), weights.len() * self.n, "one weight per token is needed");
         let mut scaled = vec![0f32; x.len()];
-        let rows = scaled.par_chunks_exact_mut(self.n.max(1)).zip(x.par_chunks_exact(self.n.max(1)));
+        let rows =
+            scaled.par_chunks_exact_mut(self.n.max(1)).zip(x.par_chunks_exact(self.n.max(1)));
         rows.zip(weights.par_iter()).for_each(|((out, x), weight)| {
             let root = weight.sqrt();
             out.iter_mut().zip(x).for_each(|(out, x)| *out = root * x);
@@ -162,11 +163,20 @@ impl Gram {
         total
     }
 
-    /// All entries of the upper triangle, row after row, and the number of tokens: what
-    /// [`Self::from_upper`] takes.
-    pub fn to_upper(&self) -> (Vec<f32>, usize) {
+    /// `H` with both halves filled in, for products.
+    pub fn to_full(&self) -> Matrix {
+        let n = self.n;
+        let mut full = Matrix::zeros(n, n);
+        full.data.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
+            row.iter_mut().enumerate().for_each(|(j, h)| *h = self.at(i, j));
+        });
+        full
+    }
+
+    /// All entries of the upper triangle, row after row: what [`Self::from_upper`] takes.
+    pub fn to_upper(&self) -> Vec<f32> {
         let rows = (0..self.n).map(|i| &self.upper[i * self.n + i..(i + 1) * self.n]);
-        (rows.collect::<Vec<_>>().concat(), self.tokens)
+        rows.collect::<Vec<_>>().concat()
     }
 
     /// The matrix of an upper triangle, `n (n + 1) / 2` entries.

@@ -321,7 +321,7 @@ impl QuantizedMatrix {
         if planes.len() == 1 && groups.iter().all(|g| *g == 0) {
             return Self::from_planes(shape, planes, 1, column_scale, None);
         }
-        let perm = permutation_of(groups, &planes)?;
+        let perm = permutation_of(groups, planes.iter())?;
         Self::from_planes(shape, planes, 1, column_scale, Some(perm))
     }
 
@@ -333,7 +333,7 @@ impl QuantizedMatrix {
         if starts.len() > 256 {
             return None;
         }
-        let group = |slot: &u32| starts.partition_point(|s| s <= slot) as u8 - 1;
+        let group = |slot: &u32| (starts.partition_point(|s| s <= slot) - 1) as u8;
         let groups: Vec<u8> = perm.iter().map(group).collect();
         let mut next = starts;
         let in_order = perm.iter().zip(&groups).all(|(slot, group)| {
@@ -471,26 +471,30 @@ fn row_starts<'a>(planes: impl Iterator<Item = &'a Plane>) -> Vec<u32> {
     let mut start = 0;
     let next = |plane: &Plane| {
         let first = start;
-        start += plane.rows as u32;
+        start = u32::saturating_add(start, plane.rows as u32);
         first
     };
     planes.map(next).collect()
 }
 
-/// The permutation that puts each logical row into its group, in order.
+/// The permutation that puts each logical row into its group, in order; `planes` holds one plane
+/// of each group.
 ///
 /// # Errors
 /// A group that does not exist, or that has another number of rows than its plane.
-pub fn permutation_of(groups: &[u8], planes: &[Plane]) -> Result<Vec<u32>> {
+pub fn permutation_of<'a>(
+    groups: &[u8],
+    planes: impl Iterator<Item = &'a Plane> + Clone,
+) -> Result<Vec<u32>> {
     let fail = |expected: String, found: String| {
         Err(CoreError::Shape { what: "row groups", expected, found })
     };
-    let starts = row_starts(planes.iter());
+    let starts = row_starts(planes.clone());
     let mut next = starts.clone();
     let mut perm = Vec::with_capacity(groups.len());
     for group in groups {
         let Some(next) = next.get_mut(*group as usize) else {
-            return fail(format!("below {}", planes.len()), group.to_string());
+            return fail(format!("below {}", starts.len()), group.to_string());
         };
         perm.push(*next);
         *next += 1;

@@ -20,11 +20,14 @@ use crate::lnq::{RowGrid, Table};
 use crate::{Matrix, Result};
 
 /// Values that the codebooks are fitted to; more change them little.
-const SAMPLE: usize = 1 << 14;
+const SAMPLE: usize = 1 << 13;
 /// Alternations of codes and scale.
-const ROUNDS: usize = 4;
-/// Starts of a scale, as multiples of the root mean square.
-const STARTS: [f32; 3] = [0.8, 1.0, 1.25];
+const ROUNDS: usize = 3;
+/// Starts of a scale, as multiples of the root mean square: coarse codebooks have several local
+/// optima, fine ones hardly.
+const STARTS: [f32; 3] = [1.0, 0.8, 1.25];
+/// Entries from which on one start is enough.
+const FINE: usize = 16;
 
 /// Fits codebooks of `1..=max_bits` bits to `weights`, in that order; `importance` is `h`, one
 /// value per column. All values are ones that an f16 holds.
@@ -99,7 +102,8 @@ fn fit_scale(w: &[f32], h: &[f32], table: &Table) -> f32 {
         if s.is_finite() { s.to_f32() } else { f16::MAX.to_f32() }
     };
     let mut best = (f64::INFINITY, round(rms as f64));
-    for start in STARTS {
+    let starts = if table.values().len() < FINE { &STARTS[..] } else { &STARTS[..1] };
+    for start in starts {
         let mut scale = round((rms * start) as f64);
         for _ in 0..ROUNDS {
             if scale == 0.0 {

@@ -26,7 +26,11 @@ impl Sparse {
     ///
     /// # Errors
     /// A value that an f16 cannot hold.
-    pub fn from_entries((rows, cols): (usize, usize), at: &[usize], values: &[f32]) -> Result<Self> {
+    pub fn from_entries(
+        (rows, cols): (usize, usize),
+        at: &[usize],
+        values: &[f32],
+    ) -> Result<Self> {
         let mut sparse = Self {
             rows: Vec::with_capacity(rows + 1),
             cols: at.iter().map(|at| (at % cols) as u32).collect(),

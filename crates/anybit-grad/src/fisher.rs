@@ -19,14 +19,15 @@
 //! and its statistics, whatever the number of layers. Called by the methods of `anybit-ptq`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anybit_core::{Matrix, RowSource};
-use anybit_io::{Checkpoint, ModelConfig};
+use anybit_io::{Checkpoint, IoError, ModelConfig};
 
 use crate::decoder::{check_tokens, load_tensor};
-use crate::head::{EmbeddingSensitivity, HeadPass};
+use crate::head::{HeadPass, HeadRows};
 use crate::store::HiddenStore;
 use crate::tiles::map;
 use crate::{
@@ -62,7 +63,8 @@ pub struct SensitivityOptions<'a> {
     /// Row groups of the head's token weights; `None` to leave embedding and head out.
     pub vocab_groups: Option<usize>,
     /// Folder for the hidden states of all sequences and layers (4 bytes · tokens · hidden size ·
-    /// (layers + 1)); `None` to hold them in memory.
+    /// (layers + 1)), and for the place that the way down has reached: a run that is killed goes on
+    /// from its last finished block. `None` to hold everything in memory.
     pub spill: Option<&'a Path>,
 }
 
@@ -76,49 +78,134 @@ pub struct BlockSensitivity {
     pub tokens: Option<BTreeMap<String, Matrix>>,
 }
 
-/// What concerns the model as a whole.
-#[derive(Debug, Clone)]
-pub struct ModelSensitivity {
+/// What is known at the head, before the way down.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeadSensitivity {
     /// Mean loss on the text, in nats per token.
     pub loss: f64,
-    /// Embedding and head, when they were asked for.
-    pub embedding: Option<EmbeddingSensitivity>,
+    /// The head's rows, when they were asked for.
+    pub rows: Option<HeadRows>,
 }
 
-/// Computes the sensitivities of every block on `sequences` and hands each block's to `on_block`,
-/// from the last layer to the first. `progress` is told steps done and steps in all.
+/// Who takes up sensitivities, in the order of computation. What was taken up is not handed out
+/// again by a run that goes on from a spill folder.
+pub trait Receiver {
+    /// Why it can fail.
+    type Error: From<GradError>;
+
+    /// What is known at the head.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn head(&mut self, head: HeadSensitivity) -> std::result::Result<(), Self::Error>;
+
+    /// One block, from the last layer to the first.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn block(
+        &mut self,
+        layer: usize,
+        block: BlockSensitivity,
+    ) -> std::result::Result<(), Self::Error>;
+
+    /// Fisher diagonal of the embedding as a table that is looked up, `[vocab, hidden]`; only when
+    /// the head's rows were asked for.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn lookups(&mut self, fisher: Matrix) -> std::result::Result<(), Self::Error>;
+
+    /// Steps done, and in all.
+    fn step(&mut self, done: u64, total: u64);
+}
+
+/// Computes the sensitivities of every block on `sequences` and hands them to `receiver`.
 ///
 /// # Errors
-/// Sequences that cannot be used, what the checkpoint or the spill file reports, losses or
-/// sensitivities that are not finite, and what `on_block` returns.
-pub fn sensitivities<E: From<GradError>>(
+/// Sequences that cannot be used, what the checkpoint or the spill folder reports, losses or
+/// sensitivities that are not finite, and what `receiver` returns.
+pub fn sensitivities<R: Receiver>(
     checkpoint: &Checkpoint,
     sequences: &[Vec<u32>],
     options: SensitivityOptions<'_>,
-    on_block: &mut dyn FnMut(usize, BlockSensitivity) -> std::result::Result<(), E>,
-    progress: &mut dyn FnMut(u64, u64),
-) -> std::result::Result<ModelSensitivity, E> {
+    receiver: &mut R,
+) -> std::result::Result<(), R::Error> {
     let layers = checkpoint.config.num_layers;
     let total = ((2 * layers + 1) * sequences.len()) as u64;
-    let mut done = 0;
-    let mut step = || {
-        done += 1;
-        progress(done, total);
-    };
     let mut walk = Walk::new(checkpoint, sequences, options)?;
+    let place = match options.spill {
+        Some(folder) => Place::find(folder, walk.slot_bytes())?,
+        None => None,
+    };
+    let reached = place.as_ref().map_or(layers, |place| place.layer);
+    // Blocks that are done already need neither inputs nor steps.
+    let mut done = total - ((2 * reached + usize::from(place.is_none())) * sequences.len()) as u64;
     walk.embed()?;
-    for layer in 0..layers {
-        walk.forward_block(layer, &mut step)?;
+    for layer in 0..reached.min(layers) {
+        // The output of the last block that is missing is replaced by its gradient.
+        walk.forward_block(layer, &mut || {
+            done += 1;
+            receiver.step(done, total);
+        })?;
     }
-    let (loss, mut embedding) = walk.head(&mut step)?;
-    for layer in (0..layers).rev() {
-        let sensitivity = walk.backward_block(layer, &mut step)?;
-        on_block(layer, sensitivity)?;
+    match place {
+        Some(place) => walk.restore(&place)?,
+        None => {
+            let head = walk.head(&mut || {
+                done += 1;
+                receiver.step(done, total);
+            })?;
+            receiver.head(head)?;
+            walk.keep_place(layers)?;
+        }
     }
-    if let Some(embedding) = &mut embedding {
-        walk.lookups(&mut embedding.lookups)?;
+    for layer in (0..reached).rev() {
+        let sensitivity = walk.backward_block(layer, &mut || {
+            done += 1;
+            receiver.step(done, total);
+        })?;
+        receiver.block(layer, sensitivity)?;
+        walk.keep_place(layer)?;
     }
-    Ok(ModelSensitivity { loss, embedding })
+    if options.vocab_groups.is_some() {
+        let lookups = walk.lookups()?;
+        receiver.lookups(lookups)?;
+    }
+    Ok(())
+}
+
+/// The gradient that arrived between two blocks, in a file of the spill folder: where the way down
+/// goes on. Slot `layer` is the input of block `layer`.
+struct Place {
+    layer: usize,
+    path: PathBuf,
+}
+
+impl Place {
+    fn name(layer: usize) -> String {
+        format!("gradient-{layer:04}.bin")
+    }
+
+    /// The lowest place that a run has reached in `folder`. A file of another length than
+    /// `bytes`, which a crash of the machine may leave, is no place.
+    fn find(folder: &Path, bytes: u64) -> Result<Option<Self>> {
+        let fail = |e| IoError::file("read", folder, e);
+        let mut lowest: Option<Self> = None;
+        for entry in std::fs::read_dir(folder).map_err(fail)? {
+            let path = entry.map_err(fail)?.path();
+            if std::fs::metadata(&path).is_ok_and(|m| m.len() != bytes) {
+                continue;
+            }
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let layer = name.strip_prefix("gradient-").and_then(|n| n.strip_suffix(".bin"));
+            let Some(layer) = layer.and_then(|l| l.parse().ok()) else { continue };
+            if lowest.as_ref().is_none_or(|place| layer < place.layer) {
+                lowest = Some(Self { layer, path });
+            }
+        }
+        Ok(lowest)
+    }
 }
 
 /// The way up and down through the blocks.
@@ -149,6 +236,11 @@ impl<'a> Walk<'a> {
             return Err(GradError::NoSequences);
         };
         check_groups(config, options.guided_groups)?;
+        if let Some(groups) = options.vocab_groups.filter(|g| !(1..=config.vocab_size).contains(g))
+        {
+            let (linear, rows) = ("the vocabulary", config.vocab_size);
+            return Err(GradError::RowGroups { groups, linear, rows });
+        }
         let lengths = sequences.iter().map(|tokens| tokens.len() * config.hidden_size).collect();
         Ok(Self {
             checkpoint,
@@ -158,6 +250,12 @@ impl<'a> Walk<'a> {
             store: HiddenStore::new(config.num_layers + 1, lengths, options.spill)?,
             tape: Tape::default(),
         })
+    }
+
+    /// Bytes of one slot.
+    fn slot_bytes(&self) -> u64 {
+        let tokens: usize = self.sequences.iter().map(Vec::len).sum();
+        4 * (tokens * self.checkpoint.config.hidden_size) as u64
     }
 
     /// Stores the embeddings of all sequences.
@@ -215,7 +313,7 @@ impl<'a> Walk<'a> {
 
     /// Replaces the final hidden states by the gradients of the scaled losses; returns the mean
     /// loss, and what the head's rows are worth.
-    fn head(&mut self, step: &mut dyn FnMut()) -> Result<(f64, Option<EmbeddingSensitivity>)> {
+    fn head(&mut self, step: &mut dyn FnMut()) -> Result<HeadSensitivity> {
         let config = &self.checkpoint.config;
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let norm = load_tensor(self.checkpoint, "model.norm.weight", &[hidden])?;
@@ -226,10 +324,9 @@ impl<'a> Walk<'a> {
         let head = load_tensor(self.checkpoint, name, &[vocab, hidden])?;
         let (eps, slot) = (config.rms_norm_eps, config.num_layers);
         let all_tokens = self.sequences.iter().map(Vec::len).sum();
-        let mut embedding = self.options.vocab_groups.map(|groups| EmbeddingSensitivity {
+        let mut rows = self.options.vocab_groups.map(|groups| HeadRows {
             rows: vec![0.0; vocab],
             tokens: Matrix::zeros(groups, all_tokens),
-            lookups: Matrix::zeros(vocab, hidden),
         });
         let (mut sum, mut first) = (0.0, 0);
         for (sequence, tokens) in self.sequences.iter().enumerate() {
@@ -244,7 +341,7 @@ impl<'a> Walk<'a> {
                 labels: self.options.labels,
                 sequence,
             };
-            let (value, dx) = pass.run(embedding.as_mut().map(|e| (e, first)));
+            let (value, dx) = pass.run(rows.as_mut().map(|rows| (rows, first)));
             if !value.is_finite() {
                 return Err(GradError::Loss { sequence, value });
             }
@@ -255,18 +352,52 @@ impl<'a> Walk<'a> {
             step();
         }
         let count = self.sequences.len();
-        if let Some(embedding) = &mut embedding {
-            embedding.rows.iter_mut().for_each(|row| *row /= count as f32);
-            let what = (slot, "head", "row weight");
-            check_values(&embedding.rows, what, |row| (row, 0))?;
+        if let Some(HeadRows { rows, tokens }) = &mut rows {
+            rows.iter_mut().for_each(|row| *row /= count as f32);
+            check_values(rows, (slot, "head", "row weight"), |row| (row, 0))?;
+            let what = (slot, "head", "token weight");
+            check_values(&tokens.data, what, |at| (at / all_tokens, at % all_tokens))?;
         }
-        Ok((sum / count as f64, embedding))
+        Ok(HeadSensitivity { loss: sum / count as f64, rows })
+    }
+
+    /// Writes the gradients in slot `layer` into the spill folder, as the place to go on from.
+    fn keep_place(&mut self, layer: usize) -> Result<()> {
+        let Some(folder) = self.options.spill else { return Ok(()) };
+        let path = folder.join(Place::name(layer));
+        let partial = folder.join(format!("{}.partial", Place::name(layer)));
+        let fail = |e| IoError::file("write", &partial, e);
+        let mut file = std::fs::File::create(&partial).map_err(fail)?;
+        for sequence in 0..self.sequences.len() {
+            let data = self.hidden(layer, sequence)?;
+            file.write_all(bytemuck::cast_slice(&data)).map_err(fail)?;
+            self.tape.recycle(data);
+        }
+        file.sync_data().map_err(fail)?;
+        std::fs::rename(&partial, &path).map_err(|e| IoError::file("rename", &partial, e))?;
+        let _ = std::fs::remove_file(folder.join(Place::name(layer + 1)));
+        Ok(())
+    }
+
+    /// Puts the gradients of a place into their slot.
+    fn restore(&mut self, place: &Place) -> Result<()> {
+        let fail = |e| IoError::file("read", &place.path, e);
+        let mut file = std::fs::File::open(&place.path).map_err(fail)?;
+        for sequence in 0..self.sequences.len() {
+            let len = self.sequences[sequence].len() * self.checkpoint.config.hidden_size;
+            let mut data = vec![0f32; len];
+            file.read_exact(bytemuck::cast_slice_mut(&mut data)).map_err(fail)?;
+            self.store.write(place.layer, sequence, &data)?;
+        }
+        Ok(())
     }
 
     /// Fisher diagonal of the embedding as a lookup, from the gradients that arrived at the input
     /// of block 0: all places of a token in a sequence add up before they are squared.
-    fn lookups(&mut self, fisher: &mut Matrix) -> Result<()> {
-        let hidden = fisher.cols;
+    fn lookups(&mut self) -> Result<Matrix> {
+        let config = &self.checkpoint.config;
+        let hidden = config.hidden_size;
+        let mut fisher = Matrix::zeros(config.vocab_size, hidden);
         for (sequence, tokens) in self.sequences.iter().enumerate() {
             let gradient = self.hidden(0, sequence)?;
             let mut sums: BTreeMap<u32, Vec<f32>> = BTreeMap::new();
@@ -281,9 +412,9 @@ impl<'a> Walk<'a> {
                 row.iter_mut().zip(sum).for_each(|(f, g)| *f += g * g / count);
             }
         }
-        check_values(&fisher.data, (0, "embedding", "Fisher diagonal"), |at| {
-            (at / hidden, at % hidden)
-        })
+        let place = |at| (at / hidden, at % hidden);
+        check_values(&fisher.data, (0, "embedding", "Fisher diagonal"), place)?;
+        Ok(fisher)
     }
 
     /// Takes the gradients with respect to block `layer`'s outputs back to its inputs, and gathers

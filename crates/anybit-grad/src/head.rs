@@ -18,15 +18,13 @@ use crate::tiles::{Operand, product, softmax_lse};
 /// Tokens whose logits are held at a time.
 const TOKENS: usize = 128;
 
-/// What one vocabulary's rows are worth.
+/// What the rows of the head are worth.
 #[derive(Debug, Clone, PartialEq)]
-pub struct EmbeddingSensitivity {
+pub struct HeadRows {
     /// Of each row of the head, `Σ_t dz_t²`, mean over sequences.
     pub rows: Vec<f32>,
     /// `dz_t²`, mean over each group of consecutive rows, `[groups, tokens]`.
     pub tokens: Matrix,
-    /// Fisher diagonal of the embedding as a table that is looked up, `[vocab, hidden]`.
-    pub lookups: Matrix,
 }
 
 /// One sequence through the head.
@@ -46,10 +44,7 @@ pub(crate) struct HeadPass<'a> {
 impl HeadPass<'_> {
     /// Returns the mean loss on the text and the gradient with respect to `x`, scaled by
     /// [`GRADIENT_SCALE`]; adds `dz²` to `rows` and to the columns of `tokens` from `first` on.
-    pub(crate) fn run(
-        &self,
-        mut statistics: Option<(&mut EmbeddingSensitivity, usize)>,
-    ) -> (f32, Vec<f32>) {
+    pub(crate) fn run(&self, mut statistics: Option<(&mut HeadRows, usize)>) -> (f32, Vec<f32>) {
         let Self { x, head, targets, hidden, .. } = *self;
         let vocab = head.len() / hidden;
         let factor = GRADIENT_SCALE / targets.len().max(1) as f32;
@@ -101,7 +96,7 @@ impl HeadPass<'_> {
     /// Adds the squares of one tile's `dz`, from its probabilities.
     fn add_statistics(
         &self,
-        statistics: &mut EmbeddingSensitivity,
+        statistics: &mut HeadRows,
         first: usize,
         p: &[f32],
         targets: &[u32],

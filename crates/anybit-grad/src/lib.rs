@@ -38,9 +38,10 @@ pub use decoder::{
 };
 pub use error::{GradError, Result};
 pub use fisher::{
-    BlockSensitivity, GRADIENT_SCALE, Labels, ModelSensitivity, SensitivityOptions, sensitivities,
+    BlockSensitivity, GRADIENT_SCALE, HeadSensitivity, Labels, Receiver, SensitivityOptions,
+    sensitivities,
 };
-pub use head::EmbeddingSensitivity;
+pub use head::HeadRows;
 pub use ops::{AttentionSpec, IGNORE, Rope};
 pub use optim::{AdamW, AdamWOptions, OneCycle, Update, clip_factor, global_norm};
 pub use tape::{Pass, Slot, Tape, Var};

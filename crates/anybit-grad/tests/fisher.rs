@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use anybit_core::Matrix;
 use anybit_grad::{
-    BlockSensitivity, GRADIENT_SCALE, GradError, Labels, ModelSensitivity, Result,
+    BlockSensitivity, GRADIENT_SCALE, GradError, HeadSensitivity, Labels, Receiver, Result,
     SensitivityOptions, Tape, TrainDecoder, sensitivities,
 };
 use anybit_io::Checkpoint;
@@ -21,26 +21,58 @@ fn sequences(name: &str) -> Vec<Vec<u32>> {
     vec![tokens[..9].to_vec(), tokens[3..].to_vec(), tokens[..2].to_vec()]
 }
 
-/// All blocks by layer, and the loss.
+/// Everything that was handed out.
+#[derive(Default)]
+struct Collected {
+    layers: usize,
+    head: Option<HeadSensitivity>,
+    blocks: Vec<BlockSensitivity>,
+    lookups: Option<Matrix>,
+    steps: Vec<(u64, u64)>,
+    /// Fails when this many blocks are left.
+    fail_at: Option<usize>,
+}
+
+impl Receiver for Collected {
+    type Error = GradError;
+
+    fn head(&mut self, head: HeadSensitivity) -> Result<()> {
+        self.head = Some(head);
+        Ok(())
+    }
+
+    fn block(&mut self, layer: usize, block: BlockSensitivity) -> Result<()> {
+        if self.fail_at == Some(layer) {
+            return Err(GradError::NoSequences);
+        }
+        self.blocks.push(block);
+        assert_eq!(layer + self.blocks.len(), self.layers, "last layer first");
+        Ok(())
+    }
+
+    fn lookups(&mut self, fisher: Matrix) -> Result<()> {
+        self.lookups = Some(fisher);
+        Ok(())
+    }
+
+    fn step(&mut self, done: u64, total: u64) {
+        self.steps.push((done, total));
+    }
+}
+
+/// All blocks by layer.
 fn run(
     checkpoint: &Checkpoint,
     sequences: &[Vec<u32>],
     options: SensitivityOptions<'_>,
-) -> Result<(Vec<BlockSensitivity>, ModelSensitivity)> {
-    let mut blocks = Vec::new();
-    let mut on_block = |layer: usize, block: BlockSensitivity| -> Result<()> {
-        assert_eq!(layer + blocks.len() + 1, checkpoint.config.num_layers, "last layer first");
-        blocks.push(block);
-        Ok(())
-    };
-    let mut steps = Vec::new();
-    let mut progress = |done, total| steps.push((done, total));
-    let model =
-        sensitivities::<GradError>(checkpoint, sequences, options, &mut on_block, &mut progress)?;
-    let total = ((2 * checkpoint.config.num_layers + 1) * sequences.len()) as u64;
-    assert!(steps.iter().copied().eq((1..=total).map(|done| (done, total))));
-    blocks.reverse();
-    Ok((blocks, model))
+) -> Result<Collected> {
+    let layers = checkpoint.config.num_layers;
+    let mut done = Collected { layers, ..Default::default() };
+    sensitivities(checkpoint, sequences, options, &mut done)?;
+    let total = ((2 * layers + 1) * sequences.len()) as u64;
+    assert!(done.steps.iter().copied().eq((1..=total).map(|done| (done, total))));
+    done.blocks.reverse();
+    Ok(done)
 }
 
 /// The same from the whole model on one tape per sequence.
@@ -125,14 +157,16 @@ fn equal_to_the_whole_model_on_one_tape() {
             vocab_groups: Some(2),
             ..Default::default()
         };
-        let (blocks, model) = run(&checkpoint, &sequences, options).unwrap();
+        let Collected { head, blocks, lookups, .. } =
+            run(&checkpoint, &sequences, options).unwrap();
         let want = reference(&checkpoint, &sequences);
-        approx::assert_relative_eq!(model.loss, want.loss, max_relative = 1e-5);
-        let embedding = model.embedding.unwrap();
+        let head = head.unwrap();
+        approx::assert_relative_eq!(head.loss, want.loss, max_relative = 1e-5);
+        let embedding = head.rows.unwrap();
         assert_alike(&embedding.rows, &want.rows, &format!("{name}, rows of the head"));
         if !checkpoint.config.tie_embeddings {
             let what = format!("{name}, lookups");
-            assert_alike(&embedding.lookups.data, &want.lookups.data, &what);
+            assert_alike(&lookups.unwrap().data, &want.lookups.data, &what);
         }
         // Token weights are means over the rows of a group, row weights sums over tokens.
         let half = embedding.rows.len() / 2;
@@ -164,8 +198,8 @@ fn labels_of_the_model_are_drawn_from_its_distribution() {
     let fisher = |seed: u64| {
         let labels = Labels::Model { seed };
         let options = SensitivityOptions { labels, vocab_groups: Some(1), ..Default::default() };
-        let (blocks, model) = run(&checkpoint, &sequences, options).unwrap();
-        (blocks[0].fisher.clone(), model.embedding.unwrap().rows)
+        let done = run(&checkpoint, &sequences, options).unwrap();
+        (done.blocks[0].fisher.clone(), done.head.unwrap().rows.unwrap().rows)
     };
     let (first, rows) = fisher(1);
     assert!(first == fisher(1).0 && first != fisher(2).0);
@@ -189,21 +223,45 @@ fn memory_file_and_threads_give_the_same_bits() {
             spill,
             labels: Labels::Model { seed: 5 },
         };
-        let (blocks, model) = pool.install(|| run(&checkpoint, &sequences, options)).unwrap();
-        let blocks: Vec<_> = blocks.into_iter().map(|b| (b.fisher, b.tokens)).collect();
-        (blocks, model.loss, model.embedding)
+        let done = pool.install(|| run(&checkpoint, &sequences, options)).unwrap();
+        let blocks: Vec<_> = done.blocks.into_iter().map(|b| (b.fisher, b.tokens)).collect();
+        (blocks, done.head, done.lookups)
     };
     let memory = result(1, None);
     assert!(memory == result(1, Some(folder.path())));
     assert!(memory == result(3, None));
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// A run that ends in the middle goes on from its last finished block, and hands out the same.
+#[test]
+fn interrupted_and_resumed() {
+    let checkpoint = checkpoint("mistral");
+    let sequences = sequences("mistral");
+    let layers = checkpoint.config.num_layers;
+    assert!(layers > 1);
+    let folder = tempfile::tempdir().unwrap();
+    let options = SensitivityOptions { vocab_groups: Some(3), ..Default::default() };
+    let want = run(&checkpoint, &sequences, options).unwrap();
+    let options = SensitivityOptions { spill: Some(folder.path()), ..options };
+    let mut collected = Collected { layers, fail_at: Some(0), ..Default::default() };
+    assert!(sensitivities(&checkpoint, &sequences, options, &mut collected).is_err());
+    assert_eq!(collected.blocks.len(), layers - 1);
+    collected.fail_at = None;
+    sensitivities(&checkpoint, &sequences, options, &mut collected).unwrap();
+    collected.blocks.reverse();
+    let fisher = |c: &Collected| -> Vec<_> { c.blocks.iter().map(|b| b.fisher.clone()).collect() };
+    assert!(fisher(&collected) == fisher(&want));
+    assert!(collected.head == want.head && collected.lookups == want.lookups);
+    let (done, total) = *collected.steps.last().unwrap();
+    assert_eq!(done, total);
 }
 
 #[test]
 fn what_cannot_be_used_is_named() {
     let checkpoint = checkpoint("llama");
     let none = SensitivityOptions::default();
-    let error = |sequences: &[Vec<u32>], options| run(&checkpoint, sequences, options).unwrap_err();
+    let error =
+        |sequences: &[Vec<u32>], options| run(&checkpoint, sequences, options).err().unwrap();
     assert!(matches!(error(&[], none), GradError::NoSequences));
     assert!(matches!(
         error(&[vec![1, 2], vec![3]], none),
@@ -213,29 +271,4 @@ fn what_cannot_be_used_is_named() {
     let groups = SensitivityOptions { guided_groups: Some(17), ..Default::default() };
     let error = error(&[vec![1, 2]], groups).to_string();
     assert!(error.contains("self_attn.k_proj with 16 rows"), "{error}");
-}
-
-#[test]
-fn an_error_of_the_receiver_ends_the_run() {
-    #[derive(Debug)]
-    enum Mine {
-        Full,
-        Grad,
-    }
-    impl From<GradError> for Mine {
-        fn from(_: GradError) -> Self {
-            Self::Grad
-        }
-    }
-    let checkpoint = checkpoint("llama");
-    let sequences = sequences("llama");
-    let options = SensitivityOptions::default();
-    let mut calls = 0;
-    let mut on_block = |_: usize, _: BlockSensitivity| -> std::result::Result<(), Mine> {
-        calls += 1;
-        Err(Mine::Full)
-    };
-    let result = sensitivities(&checkpoint, &sequences, options, &mut on_block, &mut |_, _| {});
-    assert!(matches!(result, Err(Mine::Full)));
-    assert_eq!(calls, 1);
 }

@@ -95,7 +95,7 @@ fn journal_names(checkpoint: &Checkpoint, plan: &Plan) -> Vec<String> {
 
 /// Name of the source's folder or file: never its path, which says more about a machine than
 /// about a model.
-fn base_name(checkpoint: &Checkpoint) -> String {
+pub fn base_name(checkpoint: &Checkpoint) -> String {
     let absolute = std::path::absolute(&checkpoint.path).unwrap_or(checkpoint.path.clone());
     absolute.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

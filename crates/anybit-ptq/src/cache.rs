@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anybit_io::{IoError, atomic};
 use serde::Serialize;
@@ -11,10 +12,43 @@ use serde::de::DeserializeOwned;
 
 use crate::Result;
 
+/// Raised whenever the same inputs give other contents, so that those of an older program are not
+/// taken for this one's.
+const VERSION: &str = "1";
+
 /// One folder of the cache.
 #[derive(Debug, Clone)]
 pub struct Cache {
     folder: PathBuf,
+    /// Held while the folder may be written to.
+    _lock: Arc<Lock>,
+}
+
+/// One process at a time works in a folder.
+#[derive(Debug)]
+struct Lock(fs::File);
+
+impl Lock {
+    fn take(folder: &Path) -> Result<Self> {
+        let path = folder.join("lock");
+        let file = fs::OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.map_err(|e| IoError::file("create", &path, e))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self(file)),
+            Err(fs::TryLockError::Error(e)) => Err(IoError::file("lock", &path, e).into()),
+            Err(fs::TryLockError::WouldBlock) => {
+                let what = "another process works in it: wait for that, or give another --cache";
+                let busy = std::io::Error::new(std::io::ErrorKind::WouldBlock, what);
+                Err(IoError::file("use", folder, busy).into())
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = self.0.unlock();
+    }
 }
 
 impl Cache {
@@ -24,14 +58,15 @@ impl Cache {
     /// It cannot be made.
     pub fn open(root: &Path, kind: &str, parts: &[&str]) -> Result<Self> {
         let mut hasher = blake3::Hasher::new();
-        for part in parts {
+        for part in [VERSION].iter().chain(parts) {
             hasher.update(&(part.len() as u64).to_le_bytes());
             hasher.update(part.as_bytes());
         }
         let key = hasher.finalize().to_hex();
         let folder = root.join(format!("{kind}-{}", &key[..24]));
         fs::create_dir_all(&folder).map_err(|e| IoError::file("create", &folder, e))?;
-        Ok(Self { folder })
+        let lock = Arc::new(Lock::take(&folder)?);
+        Ok(Self { folder, _lock: lock })
     }
 
     /// The folder.

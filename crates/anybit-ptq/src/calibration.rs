@@ -7,6 +7,7 @@ use anybit_io::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
 use crate::recipe::CalibrationRecipe;
+use crate::site::Needs;
 use crate::{PtqError, Result};
 
 /// Public-domain prose that ships with the program: technical English of the Jargon File, a novel
@@ -156,6 +157,16 @@ impl Calibration {
     pub fn gradient_sequences(&self, tokens: usize) -> &[Vec<u32>] {
         let count = tokens.div_ceil(self.seqlen()).clamp(1, self.sequences.len().max(1));
         &self.sequences[..count.min(self.sequences.len())]
+    }
+
+    /// The sequences that are worth observing: all, or those that gradients were taken on where
+    /// inputs count by them alone.
+    pub fn observed(&self, needs: Needs, gradient_tokens: usize) -> &[Vec<u32>] {
+        match (needs.gram || needs.magnitudes, needs.guided.is_some()) {
+            (true, _) => &self.sequences,
+            (false, true) => self.gradient_sequences(gradient_tokens),
+            (false, false) => &[],
+        }
     }
 
     /// Tokens in all.

@@ -11,6 +11,7 @@ use anybit_runtime::DecoderLayer;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::cache::Cache;
 use crate::journal::{Identity, Journal, block_name};
 use crate::methods::Rounding;
 use crate::methods::rtn::Nearest;
@@ -21,7 +22,6 @@ use crate::site::{Inputs, Site, SiteKind, SiteLinear, Statistics};
 use crate::stages::walk_block;
 use crate::streams::{Mover, Stream};
 use crate::tables::{tabulate, with_vocabulary_site};
-use crate::cache::Cache;
 use crate::{Calibration, MatrixTable, Plan, PtqError, Recipe, Result, assemble};
 
 /// Rows of an embedding or head that are rounded at a time.
@@ -121,10 +121,8 @@ pub fn quantize(
     checkpoint.check_finite()?;
     let tokens: [&[Vec<u32>]; 2] = [&calibration.sequences, &options.monitor];
     check_tokens(checkpoint, &tokens)?;
-    let identity = Identity::new(&recipe, checkpoint, &tokens)?;
     let mut folder = PartialFolder::create(&options.out, options.resume, options.force)?;
-    let source = identity.source.clone();
-    let journal = Journal::open(folder.path(), identity, options.resume)?;
+    let source = crate::journal::hash_source(checkpoint)?;
     let root = options.cache_folder();
     let mut plan = plan.clone();
     let measured =
@@ -137,10 +135,18 @@ pub fn quantize(
         }
         None => None,
     };
+    let identity = Identity::new((&recipe, source), &plan, &tokens);
+    let journal = Journal::open(folder.path(), identity, options.resume)?;
     let sensitivity = measured.sensitivity.as_ref();
-    let method = recipe.method.clone();
-    let mut run =
-        Run { checkpoint, plan: &plan, rounding: &*rounding, method, sensitivity, journal };
+    let mut run = Run {
+        checkpoint,
+        plan: &plan,
+        rounding: &*rounding,
+        method: recipe.method.clone(),
+        gradient_tokens: recipe.calibration.gradient_tokens,
+        sensitivity,
+        journal,
+    };
     let monitored = run.blocks(calibration, options, &mut folder, observe)?;
     let blocks = run.journal.blocks().to_vec();
     assemble::write(checkpoint, &recipe, &plan, calibration, run.journal, folder.path(), observe)?;
@@ -169,6 +175,10 @@ impl Measured {
         root: &Path,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Self> {
+        if !plan.problems.is_empty() {
+            return Err(PtqError::Recipe(plan.problems.join("\n")));
+        }
+        check_tokens(checkpoint, &[&calibration.sequences])?;
         let rounding = recipe.rounding()?;
         let needs = rounding.needs();
         if needs.fisher.is_none() && rounding.allocation().is_none() {
@@ -176,16 +186,17 @@ impl Measured {
         }
         let asked = (source, recipe, needs);
         let sensitivity = Sensitivity::open(checkpoint, asked, calibration, root, observe)?;
-        if let Some(sensitivity) = sensitivity.as_ref().filter(|s| s.wants_head()) {
+        if let Some(sensitivity) = sensitivity.as_ref().filter(|s| s.wants_grams()) {
             let sequences = calibration.gradient_sequences(recipe.calibration.gradient_tokens);
             let (normed, hidden) = final_states(checkpoint, sequences)?;
-            sensitivity.write_head(&normed, hidden)?;
+            sensitivity.write_grams(&normed, hidden)?;
         }
         if rounding.allocation().is_none() {
             return Ok(Self { sensitivity, tables: Vec::new() });
         }
         let options = rounding.options().to_string();
-        let tokens = crate::journal::hash_tokens(&[&calibration.sequences]);
+        let observed = calibration.observed(needs, recipe.calibration.gradient_tokens);
+        let tokens = crate::journal::hash_tokens(&[observed]);
         let gradients = sensitivity.as_ref().map_or(String::new(), |s| {
             s.folder().file_name().unwrap_or_default().to_string_lossy().into_owned()
         });
@@ -194,8 +205,7 @@ impl Measured {
         let parts = [source, &recipe.method, &options, &tokens, &gradients, &grids];
         let cache = Cache::open(root, "tables", &parts)?;
         let sensitive = sensitivity.as_ref();
-        let tables =
-            tabulate(checkpoint, plan, &*rounding, calibration, sensitive, &cache, observe)?;
+        let tables = tabulate(checkpoint, plan, &*rounding, observed, sensitive, &cache, observe)?;
         Ok(Self { sensitivity, tables })
     }
 }
@@ -231,6 +241,7 @@ struct Run<'a> {
     plan: &'a Plan,
     rounding: &'a dyn Rounding,
     method: String,
+    gradient_tokens: usize,
     sensitivity: Option<&'a Sensitivity>,
     journal: Journal,
 }
@@ -254,8 +265,7 @@ impl Run<'_> {
             Inputs::Quantized => quantized,
             Inputs::Original => &embedding,
         };
-        // Nothing is observed of what nothing is asked about.
-        let sequences = if self.rounding.needs().looks() { &calibration.sequences[..] } else { &[] };
+        let sequences = calibration.observed(self.rounding.needs(), self.gradient_tokens);
         let mut stream = Stream::embed(sequences, observed);
         let mut original = Stream::embed(&options.monitor, &embedding);
         let mut followed = Stream::embed(&options.monitor, quantized);
@@ -342,8 +352,7 @@ impl Run<'_> {
     /// Embedding or head rounded by the method itself, where it can.
     fn vocabulary(&self, planned: &PlannedMatrix, kind: SiteKind) -> Result<Option<Rounded>> {
         let known = self.sensitivity.map(Sensitivity::vocabulary).transpose()?.flatten();
-        let Some(vocabulary) = known.filter(|_| self.rounding.needs().vocab_groups.is_some())
-        else {
+        let Some(vocabulary) = known.filter(|_| self.rounding.needs().vocabulary) else {
             return Ok(None);
         };
         let tied = self.checkpoint.config.tie_embeddings;
@@ -358,11 +367,12 @@ impl Run<'_> {
 
     fn head(&mut self, stream: &Stream) -> Result<()> {
         let Some(planned) = self.plan.matrix(HEAD) else { return Ok(()) };
-        let rounded = match self.vocabulary(planned, SiteKind::Head)? {
-            Some(rounded) => rounded,
-            None => self.plain_head(planned, stream)?,
+        let plain = if self.method == "gptq" { "gptq" } else { "rtn" };
+        let (rounded, method) = match self.vocabulary(planned, SiteKind::Head)? {
+            Some(rounded) => (rounded, self.method.clone()),
+            None => (self.plain_head(planned, stream)?, plain.to_string()),
         };
-        self.journal.write_matrices("head", &self.method, &[rounded], &[])
+        self.journal.write_matrices("head", &method, &[rounded], &[])
     }
 
     /// An untied head on the grid of `head_bits`, by GPTQ where it is the method.

@@ -9,7 +9,7 @@ use crate::tables::{Allocation, Goal, MatrixTable};
 use crate::{MatrixLayout, Plan, PtqError, Recipe, Result};
 
 /// Attempts at a size of files whose headers depend on the choice.
-const ATTEMPTS: usize = 16;
+const ATTEMPTS: u64 = 16;
 
 /// Chooses a grid for every row of `plan` under the goal of `recipe`; returns the error that the
 /// tables predict.
@@ -25,7 +25,10 @@ pub fn allocate(
     let Some(allocation) = rounding.allocation() else { return Ok(0.0) };
     let error = match recipe.max_bytes {
         None => {
-            let goal = goal_of(recipe, tables);
+            let goal = match goal_of(recipe, tables) {
+                Goal::Bytes(bytes) => Goal::Bytes(bytes.saturating_sub(fixed_bytes(plan, tables))),
+                codes => codes,
+            };
             let choices = allocation.choose(tables, goal).map_err(|e| too_small(e, recipe))?;
             apply(plan, tables, &choices)
         }
@@ -54,20 +57,20 @@ fn within(
     most: u64,
 ) -> Result<f64> {
     let matrix_bytes = |plan: &Plan| -> u64 {
-        let own = |t: &MatrixTable| {
-            plan.matrix(&t.tensor).map_or(0, |m| m.layout.bytes(m.rows, m.cols))
-        };
+        let own =
+            |t: &MatrixTable| plan.matrix(&t.tensor).map_or(0, |m| m.layout.bytes(m.rows, m.cols));
         tables.iter().map(own).sum()
     };
-    let mut other = plan.weight_bytes() - matrix_bytes(plan);
-    for _ in 0..ATTEMPTS {
+    let rest_of = |plan: &Plan| plan.weight_bytes() - matrix_bytes(plan);
+    let mut other = rest_of(plan) + fixed_bytes(plan, tables);
+    for attempt in 1..=ATTEMPTS {
         let Some(rest) = most.checked_sub(other) else { break };
         let choices = allocation.choose(tables, Goal::Bytes(rest)).map_err(|e| match e {
             CoreError::Budget { minimum, .. } => PtqError::Goal(format!(
-                "{most} bytes are too few: embeddings, norms and headers take {other}, the \
-                 matrices at least {}; allow more{}",
+                "{most} bytes are too few: what is not allocated (norms, headers, tensors that \
+                 stay as they are) takes {other}, the matrices at least {}; allow more, or fewer \
+                 bits (--set bmin, --embed-bits)",
                 minimum.div_ceil(8),
-                if recipe.embed_bits.is_none() { ", or let them have fewer bits (bmin)" } else { "" }
             )),
             other => too_small(other, recipe),
         })?;
@@ -75,12 +78,23 @@ fn within(
         if plan.weight_bytes() <= most {
             return Ok(error);
         }
-        other = plan.weight_bytes() - matrix_bytes(plan) + 64;
+        // Headers grow by a few bytes with every grid more; never go back.
+        other = other.max(rest_of(plan) + fixed_bytes(plan, tables)) + 64 * attempt;
     }
     Err(PtqError::Goal(format!(
         "{most} bytes are too few: what is not allocated (norms, headers, unquantized tensors) takes \
          {other}"
     )))
+}
+
+/// Bytes of what a layout keeps beside the grids: column scales, single weights.
+fn fixed_bytes(plan: &Plan, tables: &[MatrixTable]) -> u64 {
+    let own = |t: &MatrixTable| {
+        let Some(m) = plan.matrix(&t.tensor) else { return 0 };
+        let bare = MatrixLayout { column_scale: false, sparse: None, ..m.layout.clone() };
+        m.layout.bytes(m.rows, m.cols) - bare.bytes(m.rows, m.cols)
+    };
+    tables.iter().map(own).sum()
 }
 
 fn apply(plan: &mut Plan, tables: &[MatrixTable], choices: &[Vec<u8>]) -> f64 {

@@ -17,14 +17,14 @@ use std::path::{Path, PathBuf};
 
 use anybit_core::QuantizedMatrix;
 use anybit_io::native::{QuantizedRecord, part_bytes};
-use anybit_io::safetensors_file::{FileDtype, PlannedTensor, layout, open_file};
+use anybit_io::safetensors_file::{FileDtype, PlannedTensor, layout_in_shards, open_file};
 use anybit_io::{Checkpoint, IoError, atomic};
 use serde::{Deserialize, Serialize};
 
 use crate::driver::BlockReport;
 use crate::rounded::{FoldedNorm, Rounded};
 use crate::streams::Stream;
-use crate::{PtqError, Recipe, Result};
+use crate::{Plan, PtqError, Recipe, Result};
 
 /// What makes two runs the same run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,27 +35,35 @@ pub struct Identity {
     pub source: String,
     /// Hash of the token sequences.
     pub tokens: String,
+    /// Hash of the layout of every matrix: rows are allocated from measurements.
+    pub layouts: String,
 }
 
 impl Identity {
-    /// Identifies a run.
-    ///
-    /// # Errors
-    /// A tensor that cannot be read.
-    pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, tokens: &[&[Vec<u32>]]) -> Result<Self> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{:?}", checkpoint.config).as_bytes());
-        for (name, shape) in checkpoint.config.tensors() {
-            let tensor = checkpoint.tensor(&name)?;
-            hasher.update(format!("{name} {shape:?} {:?}", tensor.dtype).as_bytes());
-            for part in tensor.bytes().chunks(1 << 24) {
-                hasher.update(part);
-            }
-            tensor.release();
-        }
-        let source = hasher.finalize().to_hex().to_string();
-        Ok(Self { recipe: recipe.clone(), source, tokens: hash_tokens(tokens) })
+    /// Identifies a run; `source` is [`hash_source`] of its model.
+    pub fn new((recipe, source): (&Recipe, String), plan: &Plan, tokens: &[&[Vec<u32>]]) -> Self {
+        let layouts: Vec<_> = plan.matrices.iter().map(|m| (&m.tensor, &m.layout)).collect();
+        let layouts = blake3::hash(format!("{layouts:?}").as_bytes()).to_hex().to_string();
+        Self { recipe: recipe.clone(), source, tokens: hash_tokens(tokens), layouts }
     }
+}
+
+/// Hash of a model's configuration and tensors.
+///
+/// # Errors
+/// A tensor that cannot be read.
+pub fn hash_source(checkpoint: &Checkpoint) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(format!("{:?}", checkpoint.config).as_bytes());
+    for (name, shape) in checkpoint.config.tensors() {
+        let tensor = checkpoint.tensor(&name)?;
+        hasher.update(format!("{name} {shape:?} {:?}", tensor.dtype).as_bytes());
+        for part in tensor.bytes().chunks(1 << 24) {
+            hasher.update(part);
+        }
+        tensor.release();
+    }
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// Hash of token sequences.
@@ -104,6 +112,7 @@ impl Journal {
             () if then.recipe != now.recipe => Some("recipe"),
             () if then.source != now.source => Some("model"),
             () if then.tokens != now.tokens => Some("text"),
+            () if then.layouts != now.layouts => Some("choice of grids"),
             () => None,
         };
         match differs {
@@ -180,7 +189,7 @@ impl Journal {
             }
             self.state.records.insert(r.tensor.clone(), record);
         }
-        for mut file in layout(planned) {
+        for mut file in layout_in_shards(planned, u64::MAX) {
             file.file_name = format!("{name}.safetensors");
             file.write(&self.folder, |part, out| {
                 let data = bytes.get(&part.name).map(Vec::as_slice).unwrap_or_default();

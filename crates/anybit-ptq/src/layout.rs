@@ -66,7 +66,8 @@ impl MatrixLayout {
 
     /// The tensors that will hold the matrix `tensor`.
     pub fn parts(&self, tensor: &str, rows: usize, cols: usize) -> Vec<PlannedTensor> {
-        let plane = |(grid, rows): &(GridSpec, usize)| PlaneRecord { rows: *rows, cols, grid: *grid };
+        let plane =
+            |(grid, rows): &(GridSpec, usize)| PlaneRecord { rows: *rows, cols, grid: *grid };
         let record = QuantizedRecord {
             rows,
             cols,

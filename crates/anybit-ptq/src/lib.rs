@@ -40,9 +40,11 @@ pub mod streams;
 pub mod tables;
 
 pub use calibration::{Calibration, CalibrationText};
-pub use driver::{BlockReport, Event, QuantizeOptions, Quantized, quantize};
+pub use driver::{
+    BlockReport, Event, Measured, QuantizeOptions, Quantized, cache_folder, quantize,
+};
 pub use error::{PtqError, Result};
-pub use plan::{Plan, PlannedMatrix};
 pub use layout::MatrixLayout;
+pub use plan::{Plan, PlannedMatrix};
 pub use recipe::{Count, LinearSettings, Recipe};
 pub use tables::{Goal, MatrixTable};

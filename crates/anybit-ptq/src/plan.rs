@@ -167,12 +167,8 @@ impl Plan {
 }
 
 /// Settings of a tensor that is to be packed.
-fn settings_of(
-    recipe: &Recipe,
-    rounding: &dyn Rounding,
-    tensor: &str,
-) -> Option<LinearSettings> {
-    let allocated = rounding.needs().vocab_groups.is_some();
+fn settings_of(recipe: &Recipe, rounding: &dyn Rounding, tensor: &str) -> Option<LinearSettings> {
+    let allocated = rounding.needs().vocabulary;
     match tensor {
         EMBEDDING | HEAD if allocated => Some(recipe.settings_at(8)),
         EMBEDDING => recipe.embed_bits.map(|b| recipe.settings_at(b)),
@@ -217,7 +213,7 @@ fn place(
         _ => false,
     };
     let vocabulary = if tensor == HEAD { SiteKind::Head } else { SiteKind::Embedding };
-    let own = rounding.needs().vocab_groups.is_some();
+    let own = rounding.needs().vocabulary;
     let layout = match kind {
         // Embedding and head are rounded to nearest, or by GPTQ and its like on a plain grid.
         None if !own => MatrixLayout::single(settings.grid, rows),

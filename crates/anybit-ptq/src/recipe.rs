@@ -162,11 +162,19 @@ impl Recipe {
     /// # Errors
     /// Broken TOML, an unknown key (with its line and the nearest name), a value out of range.
     pub fn read(path: &Path) -> Result<Self> {
-        let fail = |what: String| PtqError::RecipeFile { path: path.to_owned(), what };
-        let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
-        let recipe: Self = toml::from_str(&text).map_err(|e| fail(with_nearest(&e.to_string())))?;
+        let recipe = Self::parse(path)?;
         recipe.validate()?;
         Ok(recipe)
+    }
+
+    /// [`Self::read`] for a recipe that is not whole yet: other settings will be put over it.
+    ///
+    /// # Errors
+    /// Broken TOML, an unknown key.
+    pub fn parse(path: &Path) -> Result<Self> {
+        let fail = |what: String| PtqError::RecipeFile { path: path.to_owned(), what };
+        let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
+        toml::from_str(&text).map_err(|e| fail(with_nearest(&e.to_string())))
     }
 
     /// Checks everything that does not depend on a model.
@@ -190,6 +198,9 @@ impl Recipe {
                 return fail(format!("{bits} bits: weights take 1 to 8 bits"));
             }
         }
+        if self.max_bytes.is_some_and(|most| most > 1 << 56) {
+            return fail("max_bytes is beyond any file".into());
+        }
         if self.max_bytes.is_some() && self.count != Count::Codes {
             return fail("max_bytes and count are two goals; give one".into());
         }
@@ -211,7 +222,15 @@ impl Recipe {
             let what = "calibration needs data, 1 to 2^40 tokens and a seqlen of 2 to 2^20";
             return fail(what.into());
         }
-        let allocates = self.rounding()?.allocation().is_some();
+        let rounding = self.rounding()?;
+        if rounding.needs().vocabulary && (self.embed_bits.is_some() || self.head_bits.is_some()) {
+            return fail(format!(
+                "{} gives embedding and head their share of max_bytes: embed_bits and head_bits \
+                 do not apply",
+                self.method
+            ));
+        }
+        let allocates = rounding.allocation().is_some();
         if allocates && self.layers.values().any(|l| *l != LayerOverride::default()) {
             return fail(format!(
                 "{} gives each row a grid of its own: settings of layers do not apply; use skip \

@@ -111,16 +111,15 @@ impl<'a> SiteWeights<'a> {
         statistics: &'b Statistics,
         sensitivity: Option<&'b BlockSensitivity>,
     ) -> Site<'b> {
-        let linears = self.planned.iter().zip(&self.originals).map(|((name, planned), weights)| {
-            SiteLinear {
+        let linears =
+            self.planned.iter().zip(&self.originals).map(|((name, planned), weights)| SiteLinear {
                 name,
                 weights,
                 settings: planned.settings,
                 layout: &planned.layout,
                 fisher: sensitivity.and_then(|s| s.fisher.get(*name)),
                 row_factors: None,
-            }
-        });
+            });
         let folds = self.planned.iter().all(|(_, m)| m.folds);
         Site { kind, folds, linears: linears.collect(), statistics }
     }

@@ -1,6 +1,15 @@
 //! Sensitivities of a model's weights ([`anybit_grad::sensitivities`]) in the cache: computed once,
 //! read back block by block.
 //!
+//! | file | holds |
+//! |---|---|
+//! | `head.json`, `rows.safetensors` | loss; weights of the head's rows and of tokens for them |
+//! | `block-NNN.safetensors` | Fisher diagonals and token weights of a block's linears |
+//! | `lookups.safetensors` | Fisher diagonal of the embedding as a table |
+//! | `done.json` | says that all of these are there |
+//! | `grams.safetensors` | Gram matrices of the head's row groups |
+//! | `gradient-NNNN.bin` | where an interrupted run goes on |
+//!
 //! Units: with sequences of `T` tokens and losses multiplied by [`GRADIENT_SCALE`], token weights
 //! and lookups are scaled by `T / (2 N scale²)` over `N` sequences. Then, for labels drawn from the
 //! model, `r H rᵀ` is the KL divergence that the error `r` of one row causes, in nats per token. The
@@ -11,10 +20,12 @@ use std::path::Path;
 
 use anybit_core::{Gram, Matrix};
 use anybit_grad::{
-    BlockSensitivity as Raw, EmbeddingSensitivity, GRADIENT_SCALE, SensitivityOptions,
-    sensitivities,
+    BlockSensitivity as Raw, GRADIENT_SCALE, HeadRows, HeadSensitivity, Receiver,
+    SensitivityOptions, sensitivities,
 };
-use anybit_io::safetensors_file::{FileDtype, PlannedTensor, RawTensor, layout, open_file};
+use anybit_io::safetensors_file::{
+    FileDtype, PlannedTensor, RawTensor, layout_in_shards, open_file,
+};
 use anybit_io::{Checkpoint, IoError};
 use half::bf16;
 use serde::{Deserialize, Serialize};
@@ -24,6 +35,8 @@ use crate::site::{Needs, SiteKind, Statistics};
 use crate::stages::{Observer, TokenWeights};
 use crate::{Calibration, Event, PtqError, Recipe, Result};
 
+/// Share of the whole vocabulary's lookups that every row group is credited with.
+const UNSEEN: f64 = 0.05;
 /// Name of embedding and head as a linear.
 pub const VOCABULARY: &str = "vocabulary";
 
@@ -44,10 +57,55 @@ pub struct Sensitivity {
 /// Written last: its presence says that all else is there.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Done {
+    /// Mean loss of the original model on the gradient sequences, in nats per token.
     loss: f64,
     sequences: usize,
     seqlen: usize,
 }
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Head {
+    loss: f64,
+}
+
+/// Takes up sensitivities as they come.
+struct Writer<'a> {
+    cache: &'a Cache,
+    observe: &'a mut dyn FnMut(Event),
+}
+
+impl Receiver for Writer<'_> {
+    type Error = PtqError;
+
+    fn head(&mut self, head: HeadSensitivity) -> Result<()> {
+        if let Some(HeadRows { rows, tokens }) = head.rows {
+            let rows = Matrix { rows: 1, cols: rows.len(), data: rows };
+            let parts = vec![("rows".to_string(), rows), ("tokens".to_string(), tokens)];
+            write_file(self.cache, ROWS, parts)?;
+        }
+        self.cache.write("head.json", &Head { loss: head.loss })
+    }
+
+    fn block(&mut self, index: usize, block: Raw) -> Result<()> {
+        let mut parts: Vec<(String, Matrix)> = Vec::new();
+        parts.extend(block.fisher.into_iter().map(|(name, m)| (format!("fisher/{name}"), m)));
+        let tokens = block.tokens.into_iter().flatten();
+        parts.extend(tokens.map(|(name, m)| (format!("tokens/{name}"), m)));
+        write_file(self.cache, &block_file(index), parts)
+    }
+
+    fn lookups(&mut self, fisher: Matrix) -> Result<()> {
+        write_file(self.cache, LOOKUPS, vec![("lookups".into(), fisher)])
+    }
+
+    fn step(&mut self, done: u64, total: u64) {
+        (self.observe)(Event::Gradients(done, total));
+    }
+}
+
+const ROWS: &str = "rows.safetensors";
+const LOOKUPS: &str = "lookups.safetensors";
+const GRAMS: &str = "grams.safetensors";
 
 /// What is known of the rows of embedding and head.
 #[derive(Debug, Clone)]
@@ -76,7 +134,6 @@ impl Sensitivity {
         let sequences = calibration.gradient_sequences(recipe.calibration.gradient_tokens);
         let what = format!("{labels:?} {:?} {:?}", needs.guided, needs.vocab_groups);
         let tokens = crate::journal::hash_tokens(&[sequences]);
-        // What depends on all sequences, the head's Gram matrices, is kept apart below.
         let cache = Cache::open(root, "sensitivity", &[source, &tokens, &what])?;
         if let Some(done) = cache.read("done.json")? {
             return Ok(Some(Self { cache, done }));
@@ -87,27 +144,22 @@ impl Sensitivity {
             vocab_groups: needs.vocab_groups,
             spill: Some(cache.folder()),
         };
-        let mut progress = |done, total| observe(Event::Gradients(done, total));
-        let mut on_block =
-            |index: usize, block: Raw| -> Result<()> { write_block(&cache, index, block) };
-        let model = sensitivities(checkpoint, sequences, options, &mut on_block, &mut progress)?;
-        if let Some(embedding) = &model.embedding {
-            write_embedding(&cache, embedding)?;
-        }
-        let (loss, seqlen) = (model.loss, calibration.seqlen());
+        let mut writer = Writer { cache: &cache, observe };
+        sensitivities(checkpoint, sequences, options, &mut writer)?;
+        let head: Head = cache.read("head.json")?.ok_or_else(|| {
+            IoError::damaged(&cache.path("head.json"), "it is gone; delete the folder")
+        })?;
+        let (loss, seqlen) = (head.loss, calibration.seqlen());
         let done = Done { loss, sequences: sequences.len(), seqlen };
         cache.write("done.json", &done)?;
+        // Nothing goes on from here any more.
+        let _ = std::fs::remove_file(cache.path("gradient-0000.bin"));
         Ok(Some(Self { cache, done }))
     }
 
     /// The folder.
     pub fn folder(&self) -> &Path {
         self.cache.folder()
-    }
-
-    /// Mean loss of the original model on the gradient sequences, in nats per token.
-    pub fn loss(&self) -> f64 {
-        self.done.loss
     }
 
     /// What turns squared gradients of scaled mean losses into nats per token.
@@ -138,47 +190,40 @@ impl Sensitivity {
         Ok(BlockSensitivity { fisher, tokens: (!tokens.is_empty()).then_some(tokens) })
     }
 
-    /// What is known of embedding and head, if it was asked for; `normed` gives the final hidden
-    /// states, normalized, of each gradient sequence, for the first time that it is needed.
+    /// What is known of embedding and head, if it was asked for.
     ///
     /// # Errors
     /// As [`Self::block`].
     pub fn vocabulary(&self) -> Result<Option<VocabStatistics>> {
-        let path = self.cache.path("embedding.safetensors");
-        if !path.exists() {
+        if !self.cache.path(ROWS).exists() {
             return Ok(None);
         }
-        let file = open_file(&path)?;
-        let find = |name: &str| -> Result<Matrix> {
-            let raw = file.get(name).ok_or_else(|| {
-                IoError::damaged(&path, format!("it holds no {name}"))
-            })?;
-            read_matrix(raw, name, &path)
-        };
-        // Row weights are means over sequences already; lookups too.
+        let rows = self.matrix(ROWS, "rows")?.data;
+        // Lookups are means over sequences already.
         let per_sequence = self.unit() * self.done.sequences as f32;
-        let rows = find("rows")?.data;
-        let lookups = scaled(find("lookups")?, per_sequence);
-        let head = self.head_grams()?;
+        let lookups = scaled(self.matrix(LOOKUPS, "lookups")?, per_sequence);
+        let (mut head, path) = (Vec::new(), self.cache.path(GRAMS));
+        for (name, raw) in open_file(&path)? {
+            let entries = read_matrix(&raw, &name, &path)?.data;
+            if entries.len() != lookups.cols * (lookups.cols + 1) / 2 {
+                return Err(IoError::damaged(&path, format!("{name} is no triangle")).into());
+            }
+            head.push(Gram::from_upper(lookups.cols, &entries, 0));
+        }
         Ok(Some(VocabStatistics { head, rows, lookups }))
     }
 
-    /// Guided Gram matrices of the head's row groups.
-    fn head_grams(&self) -> Result<Vec<Gram>> {
-        let path = self.cache.path("head.safetensors");
-        let mut grams = Vec::new();
-        for (name, raw) in open_file(&path)? {
-            let matrix = read_matrix(&raw, &name, &path)?;
-            let n = ((matrix.data.len() * 2) as f64).sqrt() as usize;
-            grams.push(Gram::from_upper(n, &matrix.data, self.done.sequences * self.done.seqlen));
-        }
-        Ok(grams)
+    fn matrix(&self, file: &str, name: &str) -> Result<Matrix> {
+        let path = self.cache.path(file);
+        let parts = open_file(&path)?;
+        let raw = parts.get(name);
+        let raw = raw.ok_or_else(|| IoError::damaged(&path, format!("it holds no {name}")))?;
+        read_matrix(raw, name, &path)
     }
 
     /// Whether the head's Gram matrices have yet to be taken, from final hidden states.
-    pub fn wants_head(&self) -> bool {
-        self.cache.path("embedding.safetensors").exists()
-            && !self.cache.path("head.safetensors").exists()
+    pub fn wants_grams(&self) -> bool {
+        self.cache.path(ROWS).exists() && !self.cache.path(GRAMS).exists()
     }
 
     /// Takes the head's Gram matrices from the final hidden states, normalized, sequence after
@@ -186,11 +231,8 @@ impl Sensitivity {
     ///
     /// # Errors
     /// What reading and writing report.
-    pub fn write_head(&self, normed: &[f32], hidden: usize) -> Result<()> {
-        let path = self.cache.path("embedding.safetensors");
-        let file = open_file(&path)?;
-        let raw = file.get("tokens").ok_or_else(|| IoError::damaged(&path, "it holds no tokens"))?;
-        let weights = scaled(read_matrix(raw, "tokens", &path)?, self.unit());
+    pub fn write_grams(&self, normed: &[f32], hidden: usize) -> Result<()> {
+        let weights = scaled(self.matrix(ROWS, "tokens")?, self.unit());
         let seqlen = self.done.seqlen;
         let named = vec![(VOCABULARY, &weights)];
         let mut observer = Observer::of(hidden, seqlen, Needs::default(), named);
@@ -198,10 +240,10 @@ impl Sensitivity {
         let statistics = observer.finish();
         let grams = statistics.guided.get(VOCABULARY).map(Vec::as_slice).unwrap_or_default();
         let parts = grams.iter().enumerate().map(|(k, gram)| {
-            let data = gram.to_upper().0;
+            let data = gram.to_upper();
             (format!("{k:04}"), Matrix { rows: 1, cols: data.len(), data })
         });
-        write_file(&self.cache, "head.safetensors", parts.collect(), false)
+        write_file(&self.cache, GRAMS, parts.collect())
     }
 }
 
@@ -217,6 +259,11 @@ impl VocabStatistics {
         let (vocab, groups) = (self.rows.len(), self.head.len());
         let mut factors = vec![1f32; vocab];
         let mut grams = Vec::with_capacity(groups);
+        let mut everywhere = vec![0f64; self.lookups.cols];
+        for row in self.lookups.data.chunks_exact(self.lookups.cols.max(1)) {
+            let share = row.iter().map(|g| *g as f64 / vocab as f64);
+            everywhere.iter_mut().zip(share).for_each(|(sum, g)| *sum += g.max(1e-30));
+        }
         for (k, head) in self.head.iter().enumerate() {
             let range = k * vocab / groups..(k + 1) * vocab / groups;
             let count = range.len().max(1) as f64;
@@ -230,6 +277,8 @@ impl VocabStatistics {
                     let row = self.lookups.row(v).iter();
                     lookups.iter_mut().zip(row).for_each(|(sum, g)| *sum += *g as f64 / count);
                 }
+                // A group of tokens that were never looked up is not worth nothing.
+                lookups.iter_mut().zip(&everywhere).for_each(|(own, all)| *own += UNSEEN * all);
             }
             let total = logits + lookups.iter().sum::<f64>();
             gram.add_diagonal(&lookups.iter().map(|g| *g as f32).collect::<Vec<_>>());
@@ -253,26 +302,10 @@ fn block_file(index: usize) -> String {
     format!("block-{index:03}.safetensors")
 }
 
-fn write_block(cache: &Cache, index: usize, block: Raw) -> Result<()> {
-    let mut parts: Vec<(String, Matrix)> = Vec::new();
-    parts.extend(block.fisher.into_iter().map(|(name, m)| (format!("fisher/{name}"), m)));
-    let tokens = block.tokens.into_iter().flatten();
-    parts.extend(tokens.map(|(name, m)| (format!("tokens/{name}"), m)));
-    write_file(cache, &block_file(index), parts, true)
-}
-
-fn write_embedding(cache: &Cache, embedding: &EmbeddingSensitivity) -> Result<()> {
-    let EmbeddingSensitivity { rows, tokens, lookups } = embedding;
-    let rows = Matrix { rows: 1, cols: rows.len(), data: rows.clone() };
-    let parts =
-        [("rows", rows), ("tokens", tokens.clone()), ("lookups", lookups.clone())].map(|(n, m)| (n.into(), m));
-    write_file(cache, "embedding.safetensors", parts.into(), false)
-}
-
-/// Writes matrices; Fisher diagonals as bf16 where `short`, since k-means needs ratios of their
-/// sizes and no more digits.
-fn write_file(cache: &Cache, name: &str, parts: Vec<(String, Matrix)>, short: bool) -> Result<()> {
-    let dtype = |part: &str| match short && part.starts_with("fisher/") {
+/// Writes matrices; Fisher diagonals as bf16, since k-means needs ratios of their sizes and no more
+/// digits.
+fn write_file(cache: &Cache, name: &str, parts: Vec<(String, Matrix)>) -> Result<()> {
+    let dtype = |part: &str| match part.starts_with("fisher/") {
         true => FileDtype::BF16,
         false => FileDtype::F32,
     };
@@ -281,7 +314,7 @@ fn write_file(cache: &Cache, name: &str, parts: Vec<(String, Matrix)>, short: bo
     };
     let matrices: BTreeMap<&str, &Matrix> = parts.iter().map(|(n, m)| (n.as_str(), m)).collect();
     let folder = cache.folder();
-    for mut file in layout(parts.iter().map(plan).collect()) {
+    for mut file in layout_in_shards(parts.iter().map(plan).collect(), u64::MAX) {
         file.file_name = name.to_string();
         file.write(folder, |part, out| {
             let data = matrices.get(part.name.as_str()).map_or(&[][..], |m| &m.data);

@@ -79,9 +79,10 @@ pub struct Needs {
     pub fisher: Option<Labels>,
     /// Token-weighted Gram matrices of this many row groups; needs labels.
     pub guided: Option<usize>,
-    /// Row groups of the embedding's and head's Gram matrices, when these are rounded by the
-    /// method too; needs labels.
+    /// Row groups of the embedding's and head's Gram matrices; needs labels.
     pub vocab_groups: Option<usize>,
+    /// Whether the method rounds embedding and head too, with these.
+    pub vocabulary: bool,
     /// Whose hidden states.
     pub inputs: Inputs,
 }

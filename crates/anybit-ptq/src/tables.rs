@@ -18,7 +18,7 @@ use crate::sensitivity::{Sensitivity, VocabStatistics};
 use crate::site::{Site, SiteError, SiteKind};
 use crate::stages::walk_block;
 use crate::streams::{Mover, Stream};
-use crate::{Calibration, Event, Plan, PtqError, Result};
+use crate::{Event, Plan, PtqError, Result};
 
 /// Errors of one matrix.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -78,11 +78,15 @@ pub trait Allocation: Send + Sync {
     ///
     /// # Errors
     /// [`CoreError::Budget`] when the least that is possible exceeds the goal.
-    fn choose(&self, tables: &[MatrixTable], goal: Goal)
-    -> std::result::Result<Vec<Vec<u8>>, CoreError>;
+    fn choose(
+        &self,
+        tables: &[MatrixTable],
+        goal: Goal,
+    ) -> std::result::Result<Vec<Vec<u8>>, CoreError>;
 }
 
-/// The tables of all planned matrices, in the order of the plan; computed block by block where the
+/// The tables of all planned matrices, in the order of the plan, from the inputs that `sequences`
+/// give; computed block by block where the
 /// cache does not hold them.
 ///
 /// # Errors
@@ -91,7 +95,7 @@ pub fn tabulate(
     checkpoint: &Checkpoint,
     plan: &Plan,
     rounding: &dyn Rounding,
-    calibration: &Calibration,
+    sequences: &[Vec<u32>],
     sensitivity: Option<&Sensitivity>,
     cache: &Cache,
     observe: &mut dyn FnMut(Event),
@@ -101,17 +105,20 @@ pub fn tabulate(
     let mut found: BTreeMap<String, ErrorTable> = BTreeMap::new();
     let name = |index: usize| format!("tables-{index:03}.json");
     let mut stream = Stream::default();
-    let mut mover = None;
+    let mut mover: Option<Mover> = None;
     for index in 0..layers {
         observe(Event::Measuring(index, layers));
         if let Some(tables) = cache.read::<BTreeMap<String, ErrorTable>>(&name(index))? {
             found.extend(tables);
+            if let Some(mover) = &mut mover {
+                mover.advance(&DecoderLayer::load(checkpoint, index)?, &mut stream);
+            }
             continue;
         }
         // Only now, since a full cache needs neither.
         if mover.is_none() {
-            mover = Some(Mover::new(&checkpoint.config, calibration.seqlen()));
-            stream = Stream::embed(&calibration.sequences, &checkpoint.weight(EMBEDDING)?);
+            mover = Some(Mover::new(&checkpoint.config, sequences.first().map_or(1, Vec::len)));
+            stream = Stream::embed(sequences, &checkpoint.weight(EMBEDDING)?);
             for layer in 0..index {
                 let layer = DecoderLayer::load(checkpoint, layer)?;
                 mover.iter_mut().for_each(|m| m.advance(&layer, &mut stream));
@@ -142,14 +149,24 @@ pub fn tabulate(
         found.extend(tables);
     }
     observe(Event::Measuring(layers, layers));
-    if plan.matrix(EMBEDDING).is_some() && rounding.needs().vocab_groups.is_some() {
+    if plan.matrix(EMBEDDING).is_some() && rounding.needs().vocabulary {
         found.extend(vocabulary_tables(checkpoint, plan, allocation, sensitivity, cache)?);
     }
-    let named = |m: &crate::PlannedMatrix| {
-        let table = found.remove(&m.tensor)?;
-        Some(MatrixTable { tensor: m.tensor.clone(), rows: m.rows, cols: m.cols, table })
-    };
-    Ok(plan.matrices.iter().filter_map(named).collect())
+    let mut tables = Vec::new();
+    for m in &plan.matrices {
+        let vocabulary = m.tensor == EMBEDDING || m.tensor == HEAD;
+        if vocabulary && !rounding.needs().vocabulary {
+            continue;
+        }
+        let table = found.remove(&m.tensor);
+        let whole = |t: &ErrorTable| t.errors.len() == m.rows * t.options.len();
+        let table = table.filter(whole).ok_or_else(|| {
+            let what = format!("it holds no whole table of {}; delete it", m.tensor);
+            anybit_io::IoError::damaged(cache.folder(), what)
+        })?;
+        tables.push(MatrixTable { tensor: m.tensor.clone(), rows: m.rows, cols: m.cols, table });
+    }
+    Ok(tables)
 }
 
 /// Tables of embedding and head.

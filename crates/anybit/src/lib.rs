@@ -7,7 +7,7 @@
 //! use anybit::{io::Checkpoint, ptq::Recipe, quantize};
 //!
 //! let model = Checkpoint::open("model".as_ref())?;
-//! let recipe = Recipe { method: "gptq".into(), bits: 3, ..Default::default() };
+//! let recipe = Recipe { method: "gptq".into(), bits: 3.0, ..Default::default() };
 //! quantize::run(&model, &recipe, &quantize::Options::new("model-3bit"), &mut |_| {})?;
 //! # Ok::<(), anybit::Error>(())
 //! ```
@@ -20,6 +20,7 @@ pub use anybit_ptq as ptq;
 pub use anybit_runtime as runtime;
 
 pub mod error;
+pub mod frontier;
 pub mod machine;
 pub mod measure;
 pub mod quantize;

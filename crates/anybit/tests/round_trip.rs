@@ -38,9 +38,9 @@ fn recipe(lab: &Lab, method: &str, bits: u8) -> Recipe {
     let data = vec![lab.path("calib.txt").display().to_string()];
     Recipe {
         method: method.into(),
-        bits,
+        bits: bits.into(),
         group_size: 16,
-        calibration: CalibrationRecipe { data, tokens: 128, seqlen: 32 },
+        calibration: CalibrationRecipe { data, tokens: 128, seqlen: 32, gradient_tokens: 96 },
         ..Recipe::default()
     }
 }

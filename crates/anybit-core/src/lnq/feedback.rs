@@ -14,11 +14,7 @@ use crate::rounding::GptqFactor;
 
 /// Codes of one pass of error feedback, `[n, m]`, and `Σ_j e_j²` of each row, which is its output
 /// error under the damped `H` (SKIM's specification, 4.5, step 6).
-pub fn feedback(
-    weights: &Matrix,
-    grids: &[RowGrid],
-    factor: &GptqFactor,
-) -> (Vec<u8>, Vec<f64>) {
+pub fn feedback(weights: &Matrix, grids: &[RowGrid], factor: &GptqFactor) -> (Vec<u8>, Vec<f64>) {
     let m = weights.cols;
     let mut codes = vec![0u8; weights.data.len()];
     let losses: Vec<Vec<f64>> = codes
@@ -86,7 +82,8 @@ fn round_block(
         let error = (w[j] - grid.value(column, code)) / u[0];
         w[j + 1..end].iter_mut().zip(&u[1..]).for_each(|(w, u)| *w -= error * u);
         errors[j - start] = error;
-        loss += error as f64 * error as f64;
+        // What stands in a dead channel costs nothing.
+        loss += if factor.dead[column] { 0.0 } else { error as f64 * error as f64 };
     }
     loss
 }

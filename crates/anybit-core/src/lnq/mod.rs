@@ -24,7 +24,6 @@ use rayon::prelude::*;
 pub use feedback::feedback;
 pub use row_grid::{RowGrid, Table};
 
-use crate::column_scale::full_gram;
 use crate::linalg::{View, matmul};
 use crate::rounding::{GptqFactor, GptqOptions};
 use crate::{CoreError, Gram, Matrix, Result};
@@ -121,7 +120,8 @@ pub fn lnq(
             Some(GptqFactor::new(gram, options)?)
         }
     };
-    let refined = refine(weights, grids, Some(labels), gram, factor.as_ref(), options)?;
+    let h = gram.to_full();
+    let refined = refine(weights, grids, Some(labels), &h, factor.as_ref(), options)?;
     let codebooks = refined.grids.iter().map(|grid| grid.table().values().to_vec()).collect();
     let Refined { codes: labels, row_losses, trace, .. } = refined;
     Ok(Lnq { codebooks, labels, row_losses, trace })
@@ -141,7 +141,7 @@ pub struct Refined {
     pub trace: Vec<f64>,
 }
 
-/// Rounds rows on `grids` under `gram`, starting from `codes`, from error feedback with `factor`,
+/// Rounds rows on `grids` under `h`, all of `H` ([`Gram::to_full`]), starting from `codes`, from error feedback with `factor`,
 /// or from the better of both. `options.init` plays no part.
 ///
 /// # Errors
@@ -150,12 +150,12 @@ pub fn refine(
     weights: &Matrix,
     grids: Vec<RowGrid>,
     codes: Option<Vec<u8>>,
-    gram: &Gram,
+    h: &Matrix,
     factor: Option<&GptqFactor>,
     options: LnqOptions,
 ) -> Result<Refined> {
     weights.check_finite("weight")?;
-    check_len("Gram matrix of the inputs", weights.cols, gram.size())?;
+    check_len("Gram matrix of the inputs", weights.cols, h.rows)?;
     check_len("grids of rows", weights.rows, grids.len())?;
     let fed_back = factor.map(|factor| feedback(weights, &grids, factor).0);
     let (codes, alternative) = match (codes, fed_back) {
@@ -167,9 +167,9 @@ pub fn refine(
         }
     };
     check_len("codes", weights.data.len(), codes.len())?;
-    let diagonal = gram.diagonal();
+    let diagonal: Vec<f32> = (0..h.rows).map(|j| h.row(j)[j]).collect();
     let inverse = diagonal.iter().map(|h| if *h > 0.0 { 1.0 / *h } else { 0.0 }).collect();
-    let solver = Solver { weights, h: full_gram(gram), inverse, options };
+    let solver = Solver { weights, h, inverse, options };
     let chunks: Vec<(State, Vec<f64>)> = (0..weights.rows.div_ceil(ROWS))
         .into_par_iter()
         .map(|chunk| {
@@ -239,7 +239,7 @@ fn sorted(cols: usize, codebooks: &[Vec<f32>], labels: &[u8]) -> Result<(Vec<Row
 /// What all rows share.
 struct Solver<'a> {
     weights: &'a Matrix,
-    h: Matrix,
+    h: &'a Matrix,
     /// `1 / H_jj`; zero for inputs that never fire, whose labels then stay.
     inverse: Vec<f32>,
     options: LnqOptions,
@@ -347,7 +347,8 @@ impl Solver<'_> {
             let part = r * m..(r + 1) * m;
             let grid = &mut state.grids[r];
             let mut pull = vec![0f64; grid.parameters()];
-            for ((index, factor), p) in features[part.clone()].iter().zip(&state.product[part.clone()])
+            for ((index, factor), p) in
+                features[part.clone()].iter().zip(&state.product[part.clone()])
             {
                 pull[*index as usize] += (*factor * *p) as f64;
             }

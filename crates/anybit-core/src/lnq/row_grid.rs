@@ -7,6 +7,9 @@ use std::sync::Arc;
 
 use half::f16;
 
+/// Borders that are counted one by one.
+const COUNTED: usize = 16;
+
 /// Ascending values, found by counting borders.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Table {
@@ -30,10 +33,20 @@ impl Table {
         &self.values
     }
 
-    /// Code of the entry nearest to `value`, the lower one in a tie.
+    /// Code of the entry nearest to `value`, the lower one in a tie: the number of borders below
+    /// it. Long tables are halved first, since counting is only fast where it is short.
     #[inline]
     pub fn nearest(&self, value: f32) -> u8 {
-        self.middles.iter().map(|middle| u32::from(*middle < value)).sum::<u32>() as u8
+        let (mut first, mut len) = (0, self.middles.len());
+        while len > COUNTED {
+            let half = len / 2;
+            let below = self.middles[first + half] < value;
+            first += if below { half + 1 } else { 0 };
+            len = if below { len - half - 1 } else { half };
+        }
+        let rest = &self.middles[first..first + len];
+        let count = rest.iter().map(|middle| u32::from(*middle < value)).sum::<u32>();
+        (first as u32 + count) as u8
     }
 }
 
@@ -268,6 +281,15 @@ mod tests {
         relabel(&order, &mut codes);
         assert_eq!(codes, [2, 0, 1, 2]);
         assert_eq!(Table::sorted(&[7.0]).0.nearest(-1.0), 0);
+        // Long tables are halved; the count is the same.
+        for entries in [17, 18, 40, 255, 256] {
+            let values: Vec<f32> = (0..entries).map(|i| (i * i) as f32).collect();
+            let table = Table::sorted(&values).0;
+            for value in (-1..entries * entries).step_by(7).map(|v| v as f32 + 0.25) {
+                let want = table.middles.iter().filter(|m| **m < value).count();
+                assert_eq!(table.nearest(value) as usize, want, "{entries} entries, {value}");
+            }
+        }
     }
 
     #[test]

@@ -40,10 +40,10 @@ fn case() -> Case {
     Case { w, labels, codebooks, gram }
 }
 
-fn solver(case: &Case) -> Solver<'_> {
+fn solver<'a>(case: &'a Case, h: &'a Matrix) -> Solver<'a> {
     let inverse = case.gram.diagonal().iter().map(|h| 1.0 / *h).collect();
     let options = LnqOptions { sweeps: 1, ..Default::default() };
-    Solver { weights: &case.w, h: full_gram(&case.gram), inverse, options }
+    Solver { weights: &case.w, h, inverse, options }
 }
 
 /// Grids and codes of some rows, sorted.
@@ -89,7 +89,8 @@ fn losses_fall_from_both_starts() {
 #[test]
 fn kernels_agree_with_their_definitions() {
     let case = case();
-    let (solver, m) = (solver(&case), case.w.cols);
+    let h = case.gram.to_full();
+    let (solver, m) = (solver(&case, &h), case.w.cols);
     let mut state = {
         let (grids, codes) = start(&case, 3..8);
         solver.state(3, grids, codes)
@@ -137,7 +138,8 @@ fn t7_one_sweep() {
         codebooks: vec![codebook.map(|c| c as f32).to_vec()],
         gram,
     };
-    let solver = solver(&case);
+    let full = case.gram.to_full();
+    let solver = solver(&case, &full);
     let (grids, codes) = start(&case, 0..1);
     let mut state = solver.state(0, grids, codes);
     assert_relative_eq!(state.loss(), 39.7992424242, max_relative = 1e-6);

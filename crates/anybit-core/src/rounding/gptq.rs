@@ -64,8 +64,8 @@ pub struct GptqFactor {
 }
 
 impl GptqFactor {
-    /// Factors `gram`. Channels that no token excites (`H_jj = 0`) get a unit diagonal: they are
-    /// independent of all others.
+    /// Factors `gram`. Channels that no token excites (`H_jj = 0`) get the mean diagonal of the
+    /// others: they are independent of them, and damping keeps its size.
     ///
     /// # Errors
     /// A Gram matrix that stays singular.
@@ -73,9 +73,14 @@ impl GptqFactor {
         let dead = gram.dead();
         let order = column_order(gram, options.act_order);
         let mut damped = gram.permuted(&order);
+        let live: Vec<f32> = gram.diagonal().into_iter().filter(|h| *h != 0.0).collect();
+        let mean = match live.len() {
+            0 => 1.0,
+            count => (live.iter().map(|h| *h as f64).sum::<f64>() / count as f64) as f32,
+        };
         for (j, &column) in order.iter().enumerate() {
             if dead[column] {
-                damped.set(j, j, 1.0);
+                damped.set(j, j, mean);
             }
         }
         let (u, damp) = inverse_cholesky(&damped, options.damp)?;

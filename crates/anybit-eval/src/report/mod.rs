@@ -6,9 +6,11 @@
 
 mod card;
 mod facts;
+mod frontier;
 mod page;
 mod plots;
 
+pub use frontier::{Frontier, FrontierPoint};
 use serde::Serialize;
 use serde_json::Value;
 

@@ -29,14 +29,14 @@ const MARKED_LAYERS: i32 = 64;
 const NAME_CHARS: usize = 15;
 
 /// Units of an axis per decade or bit.
-const UNIT: i32 = 1000;
+pub(super) const UNIT: i32 = 1000;
 /// Values below are drawn on the lower edge of a logarithmic axis.
 const FLOOR: f64 = 1e-12;
 const FLOOR_DECADE: i32 = -12;
 
 /// The linears of most decoders, in the order of the legend; others follow as they come.
 const KINDS: [&str; 7] = ["q", "k", "v", "o", "gate", "up", "down"];
-const PALETTE: [RGBColor; 7] = [
+pub(super) const PALETTE: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(86, 180, 233),
     RGBColor(0, 158, 115),
@@ -45,7 +45,7 @@ const PALETTE: [RGBColor; 7] = [
     RGBColor(204, 121, 167),
     RGBColor(128, 128, 128),
 ];
-const GREY: RGBColor = RGBColor(128, 128, 128);
+pub(super) const GREY: RGBColor = RGBColor(128, 128, 128);
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = std::result::Result<(), DrawingAreaErrorKind<std::io::Error>>;
@@ -183,7 +183,7 @@ fn by_kind(matrices: &[MatrixRow], value: impl Fn(&MatrixRow) -> Option<f64>) ->
 
 /// A vertical axis.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Scale {
+pub(super) enum Scale {
     /// Powers of ten.
     Log { low: i32, high: i32 },
     /// From 0.
@@ -192,7 +192,7 @@ enum Scale {
 
 impl Scale {
     /// The decades of `values`, and one below for those under the floor.
-    fn log(values: impl Iterator<Item = f64>) -> Self {
+    pub(super) fn log(values: impl Iterator<Item = f64>) -> Self {
         let (mut least, mut most, mut floored) = (f64::MAX, 0f64, false);
         for value in values {
             if value < FLOOR {
@@ -210,14 +210,14 @@ impl Scale {
         Self::Log { low, high }
     }
 
-    fn range(self) -> Range<i32> {
+    pub(super) fn range(self) -> Range<i32> {
         match self {
             Self::Log { low, high } => low * UNIT..high * UNIT,
             Self::Linear { top } => 0..top * UNIT,
         }
     }
 
-    fn ticks(self) -> Vec<i32> {
+    pub(super) fn ticks(self) -> Vec<i32> {
         match self {
             Self::Log { low, high } => {
                 // 1, 2 and 5 where there is room.
@@ -235,7 +235,7 @@ impl Scale {
         }
     }
 
-    fn place(self, value: f64) -> i32 {
+    pub(super) fn place(self, value: f64) -> i32 {
         let at = match self {
             Self::Log { low, .. } if value < FLOOR => f64::from(low),
             Self::Log { .. } => value.log10(),
@@ -245,7 +245,7 @@ impl Scale {
         ((at * f64::from(UNIT)).round() as i32).clamp(range.start, range.end)
     }
 
-    fn label(self, at: i32) -> String {
+    pub(super) fn label(self, at: i32) -> String {
         if let Self::Linear { .. } = self {
             return (at / UNIT).to_string();
         }
@@ -402,7 +402,7 @@ fn draw_legend(area: &Area<'_>, panels: &[Panel]) -> Drawn {
     Ok(())
 }
 
-fn font(size: f64) -> TextStyle<'static> {
+pub(super) fn font(size: f64) -> TextStyle<'static> {
     TextStyle::from((FontFamily::SansSerif, size))
 }
 

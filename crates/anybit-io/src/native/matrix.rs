@@ -131,7 +131,8 @@ impl QuantizedRecord {
             part("row_groups", FileDtype::U32, words_per_row(self.rows, self.group_bits()));
         }
         if let Some(entries) = self.sparse {
-            let column = if Sparse::col_bytes(self.cols) == 2 { FileDtype::U16 } else { FileDtype::U32 };
+            let column =
+                if Sparse::col_bytes(self.cols) == 2 { FileDtype::U16 } else { FileDtype::U32 };
             part("sparse_rows", FileDtype::U32, self.rows + 1);
             part("sparse_cols", column, entries);
             part("sparse_values", FileDtype::F16, entries);
@@ -236,7 +237,8 @@ impl QuantizedRecord {
         if self.row_groups {
             let mut groups = vec![0; self.rows];
             unpack_row(&words(next()), self.group_bits(), 0, &mut groups);
-            row_perm = Some(permutation_of(&groups, &planes).map_err(fail)?);
+            let firsts = planes.iter().step_by(self.column_groups);
+            row_perm = Some(permutation_of(&groups, firsts).map_err(fail)?);
         }
         let shape = (self.rows, self.cols);
         let groups = self.column_groups;

@@ -5,9 +5,7 @@ mod matrix;
 mod verify;
 
 pub use matrix::{PlaneRecord, QuantizedRecord, part_bytes};
-pub use verify::{
-    Problem, fold_factors, relative_error, scale_columns, squared_norm, verify,
-};
+pub use verify::{Problem, fold_factors, relative_error, scale_columns, squared_norm, verify};
 
 use std::collections::BTreeMap;
 use std::path::Path;

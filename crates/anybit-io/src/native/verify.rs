@@ -79,7 +79,9 @@ fn check_matrix(
     if QuantizedRecord::hash(parts.iter().map(|p| p.bytes())) != record.blake3 {
         return Ok(Some("its bytes do not match the recorded hash".into()));
     }
-    if (matrix.bytes().1 as u64, matrix.code_bits()) != (record.bytes, record.code_bits) {
+    // Of the parts as they are stored, since a permutation can be stored in two ways.
+    let bytes: u64 = parts.iter().map(|p| p.bytes().len() as u64).sum();
+    if (bytes, matrix.code_bits()) != (record.bytes, record.code_bits) {
         return Ok(Some("its size is not as recorded".into()));
     }
     let decoded = matrix.dequantize();

@@ -101,9 +101,8 @@ pub fn names() -> Vec<&'static str> {
 /// # Errors
 /// An unknown key, with the nearest known one, or a value of another type.
 pub(crate) fn read_options<T: DeserializeOwned>(recipe: &Recipe) -> Result<T, String> {
-    let fail = |e: toml::de::Error| {
-        format!("options of {}: {}", recipe.method, with_nearest(e.message()))
-    };
+    let fail =
+        |e: toml::de::Error| format!("options of {}: {}", recipe.method, with_nearest(e.message()));
     recipe.options.clone().try_into().map_err(fail)
 }
 

@@ -7,6 +7,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod output;
+mod plan;
 mod quantize;
 mod recipe;
 mod synth;
@@ -38,6 +39,7 @@ pub struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Quantize(Box<quantize::Args>),
+    Plan(Box<plan::Args>),
     Eval(eval::Args),
     Generate(generate::Args),
     Convert(convert::Args),
@@ -58,6 +60,7 @@ pub fn run(cli: Cli) -> Result<()> {
     let terminal = output::Terminal::new(cli.quiet);
     match cli.command {
         Command::Quantize(args) => quantize::run(*args, &terminal),
+        Command::Plan(args) => plan::run(*args, &terminal),
         Command::Eval(args) => eval::run(args, &terminal),
         Command::Generate(args) => generate::run(args, &terminal),
         Command::Convert(args) => convert::run(args, &terminal),

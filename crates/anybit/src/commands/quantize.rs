@@ -91,6 +91,10 @@ enum CountArg {
 impl Args {
     fn recipe(&self) -> Result<Recipe> {
         let mut r = self.recipe.read()?;
+        if self.bits.is_some() || self.count.is_some() {
+            // One goal: a flag takes the place of the recipe's size.
+            r.max_bytes = None;
+        }
         r.bits = self.bits.unwrap_or(r.bits);
         match self.count {
             None => {}
@@ -100,6 +104,9 @@ impl Args {
         r.max_bytes = self.max_bytes.or(r.max_bytes);
         if let Some(path) = &self.match_file {
             r.max_bytes = Some(Checkpoint::open(path)?.tensor_bytes());
+        }
+        if self.max_bytes.is_some() || self.match_file.is_some() {
+            r.count = Count::Codes;
         }
         r.validate()?;
         Ok(r)
@@ -245,6 +252,7 @@ fn dry_run(args: &Args, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> 
             path,
             &json!({
                 "weight_bytes": plan.weight_bytes(), "files": files,
+                "provisional": plan.provisional,
                 "bits_per_weight_codes": codes, "bits_per_weight_total": total,
                 "estimated_ram_bytes": plan.ram_bytes, "estimated_seconds": seconds,
                 "recipe": recipe,
@@ -262,6 +270,14 @@ fn dry_run(args: &Args, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> 
                 .map(|f| row(&format!("  {}", f.file_name), format!("{} bytes", f.file_bytes()))),
         );
         rows.push(row("bits per weight", format!("{codes:.3} codes, {total:.3} total")));
+        if plan.provisional {
+            let goal = match recipe.max_bytes {
+                Some(bytes) => format!("at most {bytes} bytes"),
+                None => format!("{} bits per weight", recipe.bits),
+            };
+            let what = "the figures above are the least; `anybit plan` measures, then knows more";
+            rows.push(row("rows", format!("allocated to meet {goal}: {what}")));
+        }
         rows.push(row(
             "packed",
             format!(

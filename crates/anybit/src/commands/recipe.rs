@@ -99,7 +99,7 @@ impl RecipeArgs {
     /// A file that is no recipe, a flag that cannot be parsed.
     pub fn read(&self) -> Result<Recipe> {
         let mut r = match &self.recipe {
-            Some(path) => Recipe::read(path)?,
+            Some(path) => Recipe::parse(path)?,
             None => Recipe::default(),
         };
         if let Some(method) = self.method.as_ref().filter(|m| **m != r.method) {

@@ -16,6 +16,9 @@ use crate::layout::MatrixLayout;
 use crate::methods::squeezellm::stored_codebook;
 use crate::site::SiteLinear;
 
+/// Rows whose clusterings are held at a time.
+const ROWS: usize = 2048;
+
 /// What rounding a linear needs of its weights and statistics.
 pub(super) struct Fit<'a> {
     weights: &'a Matrix,
@@ -23,6 +26,8 @@ pub(super) struct Fit<'a> {
     /// `diag(H_k)`.
     importance: Vec<Vec<f32>>,
     factors: Vec<GptqFactor>,
+    /// All of `H_k`, where rows are to be refined.
+    full: Vec<Matrix>,
     /// Shared codebooks of 1, 2, … bits.
     tables: Vec<Arc<Table>>,
     options: Options,
@@ -47,17 +52,16 @@ impl<'a> Fit<'a> {
         let weights = linear.weights;
         let importance: Vec<Vec<f32>> = grams.iter().map(Gram::diagonal).collect();
         let damping = GptqOptions { damp: options.damp, act_order: true, ..Default::default() };
-        let factors = grams
-            .par_iter()
-            .map(|gram| GptqFactor::new(gram, damping))
-            .collect::<Result<_, _>>()?;
+        // One after another: each needs three matrices in f64.
+        let factors =
+            grams.iter().map(|gram| GptqFactor::new(gram, damping)).collect::<Result<_, _>>()?;
         let mut mean = vec![0f32; weights.cols];
         for h in &importance {
             mean.iter_mut().zip(h).for_each(|(mean, h)| *mean += h / grams.len() as f32);
         }
         let group_len = group_size.unwrap_or(weights.cols);
         let tables = fit_codebooks(weights, &mean, group_len, options.bmax)?;
-        Ok(Self { weights, grams, importance, factors, tables, options })
+        Ok(Self { weights, grams, importance, factors, full: Vec::new(), tables, options })
     }
 
     /// Rows of group `k`.
@@ -71,19 +75,27 @@ impl<'a> Fit<'a> {
         Matrix { rows: rows.len(), cols: self.weights.cols, data }
     }
 
-    /// Starting grids of some rows of group `k`.
-    fn grids(&self, w: &Matrix, k: usize, grid: &GridSpec) -> Result<Vec<RowGrid>, CoreError> {
+    /// The optimal codebooks of some rows of group `k`, up to `bits` wide.
+    fn cluster(&self, w: &Matrix, k: usize, bits: u8) -> Result<Vec<Exact1d>, CoreError> {
+        let h = &self.importance[k];
+        w.data.par_chunks(w.cols).map(|row| Exact1d::new(row, h, 1 << bits)).collect()
+    }
+
+    /// Starting grids of some rows of group `k`; `clusters` are theirs where the grid is a codebook
+    /// of each row.
+    fn grids(
+        &self,
+        w: &Matrix,
+        k: usize,
+        grid: &GridSpec,
+        clusters: &[Exact1d],
+    ) -> Result<Vec<RowGrid>, CoreError> {
         let h = &self.importance[k];
         match *grid {
-            GridSpec::Codebook { bits } => w
-                .data
-                .par_chunks(w.cols)
-                .enumerate()
-                .map(|(i, row)| {
-                    let clusters = Exact1d::new(row, h, 1 << bits)?;
-                    Ok(RowGrid::own(stored_codebook(&clusters, bits, i)?))
-                })
-                .collect(),
+            GridSpec::Codebook { bits } => {
+                let rows = clusters.par_iter().enumerate();
+                rows.map(|(i, c)| Ok(RowGrid::own(stored_codebook(c, bits, i)?))).collect()
+            }
             _ => {
                 let table = &self.tables[grid.bits() as usize - 1];
                 Ok(fit_rows(w, h, table, grid.group_len(w.cols)))
@@ -100,22 +112,46 @@ impl<'a> Fit<'a> {
         let width = options.len();
         let mut errors = vec![0f64; self.weights.rows * width];
         for k in 0..self.grams.len() {
-            let rows: Vec<usize> = self.group(k).collect();
-            let w = self.gather(&rows);
-            for (at, grid) in options.iter().enumerate() {
-                let grids = self.grids(&w, k, grid)?;
-                let losses = feedback(&w, &grids, &self.factors[k]).1;
-                for (row, loss) in rows.iter().zip(losses) {
-                    let factor = row_factors.map_or(1.0, |f| f[*row] as f64);
-                    errors[row * width + at] = loss * factor;
-                }
+            let all: Vec<usize> = self.group(k).collect();
+            for rows in all.chunks(ROWS) {
+                self.group_errors(k, rows, options, row_factors, &mut errors)?;
             }
         }
         Ok(errors)
     }
 
+    /// The errors of some rows of group `k`.
+    fn group_errors(
+        &self,
+        k: usize,
+        rows: &[usize],
+        options: &[GridSpec],
+        row_factors: Option<&[f32]>,
+        errors: &mut [f64],
+    ) -> Result<(), CoreError> {
+        let width = options.len();
+        let w = self.gather(rows);
+        let own = options.iter().filter(|grid| matches!(grid, GridSpec::Codebook { .. }));
+        let clusters = match own.map(GridSpec::bits).max() {
+            Some(bits) => self.cluster(&w, k, bits)?,
+            None => Vec::new(),
+        };
+        for (at, grid) in options.iter().enumerate() {
+            let grids = self.grids(&w, k, grid, &clusters)?;
+            let losses = feedback(&w, &grids, &self.factors[k]).1;
+            for (row, loss) in rows.iter().zip(losses) {
+                let factor = row_factors.map_or(1.0, |f| f[*row] as f64);
+                errors[row * width + at] = loss * factor;
+            }
+        }
+        Ok(())
+    }
+
     /// Step 3: all rows on the grids of `layout`.
-    pub(super) fn round(&self, layout: &MatrixLayout) -> Result<QuantizedMatrix, CoreError> {
+    pub(super) fn round(mut self, layout: &MatrixLayout) -> Result<QuantizedMatrix, CoreError> {
+        if self.options.rounds > 0 {
+            self.full = self.grams.iter().map(Gram::to_full).collect();
+        }
         let (n, m) = (self.weights.rows, self.weights.cols);
         let members: Vec<Vec<usize>> =
             (0..layout.planes.len()).map(|group| layout.rows_of(group)).collect();
@@ -176,14 +212,18 @@ impl<'a> Fit<'a> {
         if rows.is_empty() {
             return Ok(Part { plane, slots, grids: Vec::new(), codes: Vec::new() });
         }
-        let grids = self.grids(&w, k, grid)?;
+        let clusters = match grid {
+            GridSpec::Codebook { bits } => self.cluster(&w, k, *bits)?,
+            _ => Vec::new(),
+        };
+        let grids = self.grids(&w, k, grid, &clusters)?;
         let options = LnqOptions { rounds: self.options.rounds, ..Default::default() };
         let done = match self.options.rounds {
             0 => {
                 let codes = feedback(&w, &grids, &self.factors[k]).0;
                 return Ok(Part { plane, slots, grids, codes });
             }
-            _ => refine(&w, grids, None, &self.grams[k], Some(&self.factors[k]), options)?,
+            _ => refine(&w, grids, None, &self.full[k], Some(&self.factors[k]), options)?,
         };
         Ok(Part { plane, slots, grids: done.grids, codes: done.codes })
     }

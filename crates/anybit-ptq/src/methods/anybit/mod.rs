@@ -53,7 +53,8 @@ pub struct Options {
     pub bmax: u8,
     /// Most bits of a codebook of a row's own; 0 for shared codebooks only.
     pub row_codebooks: u8,
-    /// Row groups of a linear that have a Gram matrix of their own; 0 for the plain one.
+    /// Row groups of a linear that have a Gram matrix of their own; 0 for the plain one, whose
+    /// errors of different matrices cannot be compared.
     pub guided_groups: usize,
     /// Row groups of embedding and head.
     pub vocab_groups: usize,
@@ -75,7 +76,7 @@ impl Default for Options {
             bmin: 1,
             bmax: 8,
             row_codebooks: 4,
-            guided_groups: 4,
+            guided_groups: 1,
             vocab_groups: 16,
             labels: LabelSource::Model,
             whole_model: true,
@@ -122,6 +123,11 @@ impl Method for Anybit {
         }
         let group_size = usize::try_from(recipe.group_size).ok();
         let vocabulary = recipe.max_bytes.is_some();
+        if guided_groups == 0 && (options.whole_model || vocabulary) {
+            return Err("guided_groups = 0 leaves errors without a common unit: it needs \
+                        whole_model = false and no max_bytes"
+                .into());
+        }
         Ok(Box::new(WholeModel { options, group_size, seed: recipe.seed, vocabulary }))
     }
 }
@@ -153,12 +159,13 @@ impl Rounding for WholeModel {
             LabelSource::Text => Labels::Text,
         };
         let guided = (guided_groups > 0).then_some(guided_groups);
-        let vocab_groups = self.vocabulary.then_some(vocab_groups);
         Needs {
             gram: guided.is_none(),
-            fisher: (guided.is_some() || vocab_groups.is_some()).then_some(labels),
+            fisher: (guided.is_some() || self.vocabulary).then_some(labels),
             guided,
-            vocab_groups,
+            // Observed always, so that goals in bits and in bytes share one run of gradients.
+            vocab_groups: Some(vocab_groups),
+            vocabulary: self.vocabulary,
             inputs: if sequential { Inputs::Quantized } else { Inputs::Original },
             ..Default::default()
         }

@@ -127,7 +127,8 @@ impl Rounding for ScaledClusters {
             for (i, linear) in site.linears.iter().enumerate() {
                 let labelled = Labelled::of(linear, site.fisher(i)?).map_err(|e| (i, e))?;
                 let (alpha, books) = self.scale(&labelled, gram).map_err(|e| (i, e))?;
-                let matrix = pack(linear, &labelled, &books, 0, self.options.scales.then_some(&alpha));
+                let matrix =
+                    pack(linear, &labelled, &books, 0, self.options.scales.then_some(&alpha));
                 matrices.push(matrix.map_err(|e| (i, e))?);
             }
             return Ok(SiteRounding::plain(matrices));
@@ -195,11 +196,7 @@ impl Labelled {
 
 impl ScaledClusters {
     /// Step 4: column scales, and the centroids that go with them.
-    fn scale(
-        &self,
-        rows: &Labelled,
-        gram: &Gram,
-    ) -> Result<(Vec<f32>, Vec<Vec<f32>>), CoreError> {
+    fn scale(&self, rows: &Labelled, gram: &Gram) -> Result<(Vec<f32>, Vec<Vec<f32>>), CoreError> {
         if !self.options.scales {
             return Ok((vec![1.0; rows.weights.cols], rows.books.clone()));
         }
@@ -280,8 +277,9 @@ impl Allocation for ScaledClusters {
         if size(&most) <= bytes {
             return Ok(most);
         }
-        // A row is at least eight weights wide: 2^-16 of a bit is less than one step of it.
-        for _ in 0..16 {
+        // Averages move in steps of a bit over the rows of the tallest matrix.
+        let rows = tables.iter().map(|t| t.rows).max().unwrap_or(1);
+        for _ in 0..rows.next_power_of_two().ilog2() + 4 {
             let middle = 0.5 * (low + high);
             let choice = self.at_average(tables, middle)?;
             if size(&choice) <= bytes {
@@ -305,10 +303,33 @@ impl ScaledClusters {
     }
 }
 
+/// Rows whose clusterings are held at a time.
+const ROWS: usize = 2048;
+
 /// Step 1: `E`, `[rows, bmax − bmin + 1]`.
 fn row_errors(
     weights: &Matrix,
     fisher: &Matrix,
+    gram: &Gram,
+    (bmin, bmax): (u8, u8),
+) -> Result<Vec<f64>, CoreError> {
+    let mut errors = Vec::new();
+    for first in (0..weights.rows).step_by(ROWS) {
+        let count = ROWS.min(weights.rows - first);
+        let rows = |m: &Matrix| {
+            let data = m.data[first * m.cols..(first + count) * m.cols].to_vec();
+            Matrix { rows: count, cols: m.cols, data }
+        };
+        errors.extend(chunk_errors(&rows(weights), &rows(fisher), first, gram, (bmin, bmax))?);
+    }
+    Ok(errors)
+}
+
+/// The rows from `first` on.
+fn chunk_errors(
+    weights: &Matrix,
+    fisher: &Matrix,
+    first: usize,
     gram: &Gram,
     (bmin, bmax): (u8, u8),
 ) -> Result<Vec<f64>, CoreError> {
@@ -323,7 +344,7 @@ fn row_errors(
         let mut residual = weights.clone();
         let rows = residual.data.par_chunks_mut(m).zip(&clusters).enumerate();
         rows.try_for_each(|(i, (row, clusters))| {
-            let table = stored_codebook(clusters, bits, i)?;
+            let table = stored_codebook(clusters, bits, first + i)?;
             row.iter_mut().for_each(|w| *w -= table.values()[table.nearest(*w) as usize]);
             Ok::<(), CoreError>(())
         })?;

@@ -76,8 +76,9 @@ struct DenseAndSparse {
 impl DenseAndSparse {
     /// Weights kept apart of `count`: for sensitivity, for size.
     fn kept(&self, count: usize) -> [usize; 2] {
-        [self.options.sensitive, self.options.outliers]
-            .map(|share| (share * count as f64).round() as usize)
+        let of = |share: f64| (share * count as f64).round() as usize;
+        let sensitive = of(self.options.sensitive).min(count);
+        [sensitive, of(self.options.outliers).min(count - sensitive)]
     }
 }
 
@@ -121,7 +122,8 @@ impl Rounding for DenseAndSparse {
 /// The optimal codebook of a row for every width up to `max_bits`. Zeros carry no weight, as in
 /// the reference.
 pub(crate) fn cluster_row(w: &[f32], g: &[f32], max_bits: u8) -> Result<Exact1d, CoreError> {
-    let weights: Vec<f32> = w.iter().zip(g).map(|(w, g)| if *w == 0.0 { 0.0 } else { *g }).collect();
+    let weights: Vec<f32> =
+        w.iter().zip(g).map(|(w, g)| if *w == 0.0 { 0.0 } else { *g }).collect();
     Exact1d::new(w, &weights, 1 << max_bits)
 }
 
