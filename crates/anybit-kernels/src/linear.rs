@@ -162,7 +162,7 @@ mod tests {
             }
             let used = cols * bits as usize;
             let words = used.div_ceil(32);
-            for row in plane.codes.chunks_mut(words).filter(|_| used % 32 > 0) {
+            for row in plane.codes.chunks_mut(words).filter(|_| !used.is_multiple_of(32)) {
                 row[words - 1] &= (1u32 << (used % 32)) - 1;
             }
             let parts = plane.scales.iter_mut().chain(plane.table.iter_mut());

@@ -200,7 +200,9 @@ impl Measured {
         let gradients = sensitivity.as_ref().map_or(String::new(), |s| {
             s.folder().file_name().unwrap_or_default().to_string_lossy().into_owned()
         });
-        let matrices: Vec<&str> = plan.matrices.iter().map(|m| m.tensor.as_str()).collect();
+        // Embedding and head have a file of their own, so goals with and without them share a folder.
+        let linears = plan.matrices.iter().filter(|m| m.tensor.contains(".layers."));
+        let matrices: Vec<&str> = linears.map(|m| m.tensor.as_str()).collect();
         let grids = format!("{} {}", recipe.group_size, matrices.join(" "));
         let parts = [source, &recipe.method, &options, &tokens, &gradients, &grids];
         let cache = Cache::open(root, "tables", &parts)?;

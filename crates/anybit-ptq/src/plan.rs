@@ -260,7 +260,18 @@ fn estimate(
     let block: f64 = config.block_linears().iter().map(|(_, o, i)| (o * i) as f64).sum();
     let largest = matrices.iter().map(|m| m.rows.min(1 << 15) * m.cols).max().unwrap_or(0) as f64;
     let streams = tokens * (d + q) as f64 * 4.0;
-    let statistics = if observes { widest * widest * (4.0 * 4.0 + 3.0 * 8.0) } else { 0.0 };
+    let mut statistics = if observes { widest * widest * (4.0 * 4.0 + 3.0 * 8.0) } else { 0.0 };
+    if let Some(groups) = needs.guided {
+        // Of q, k and v at once; a factor of each beside.
+        statistics += groups as f64 * (3.0 * 4.0 * (d * d) as f64 + 8.0 * widest * widest);
+    }
+    if needs.fisher.is_some() {
+        statistics += 4.0 * block;
+    }
+    if let Some(groups) = needs.vocab_groups.filter(|_| needs.vocabulary) {
+        let table = (config.vocab_size * d) as f64;
+        statistics += 16.0 * table + groups as f64 * 16.0 * (d * d) as f64;
+    }
     let work = (c.seqlen as f64) * (3.0 * f as f64 + 6.0 * d as f64) * 4.0;
     let ram = 60e6 + streams + statistics + block * 6.0 + largest * 12.0 + work;
     let sites: f64 = [d, q, d, f].iter().map(|n| (n * n) as f64).sum();

@@ -147,7 +147,7 @@ fn t7_one_sweep() {
     // The codebook was given in falling order.
     let labels = [0, 1, 2, 3].map(|j: usize| 1 - state.codes[j] as usize);
     assert_eq!(labels, [1, 1, 0, 0]);
-    let r = [0, 1, 2, 3].map(|j: usize| w[j] - codebook[labels[j] as usize]);
+    let r = [0, 1, 2, 3].map(|j: usize| w[j] - codebook[labels[j]]);
     let mut loss = 0.0;
     for (i, row) in h.iter().enumerate() {
         loss += r[i] * row.iter().zip(r).map(|(h, r)| h * r).sum::<f64>();

@@ -129,7 +129,7 @@ fn parse_size(text: &str) -> std::result::Result<u64, String> {
     };
     let number: f64 = number.trim().parse().map_err(|_| format!("{number:?} is no number"))?;
     let bytes = number * factor;
-    match bytes >= 1.0 && bytes < 1e18 {
+    match (1.0..1e18).contains(&bytes) {
         true => Ok(bytes as u64),
         false => Err("a size is at least one byte".into()),
     }
