@@ -78,15 +78,15 @@ impl Method for Skim {
 
     fn build(&self, recipe: &Recipe) -> Result<Box<dyn Rounding>, String> {
         let mut options: Options = read_options(recipe)?;
+        let Options { bmin, bmax, .. } = options;
+        if bmin < 1 || bmax > 8 || bmin > bmax {
+            return Err(format!("bmin {bmin} and bmax {bmax}: 1 ≤ bmin ≤ bmax ≤ 8"));
+        }
         if recipe.max_bytes.is_none() {
             // A row may always have the average, and less than the least that the paper allows
             // where the average is below it.
             options.bmin = options.bmin.min(recipe.bits.floor().max(1.0) as u8);
             options.bmax = options.bmax.max(recipe.bits.ceil() as u8);
-        }
-        let Options { bmin, bmax, .. } = options;
-        if bmin < 1 || bmax > 8 || bmin > bmax {
-            return Err(format!("bmin {bmin} and bmax {bmax}: 1 ≤ bmin ≤ bmax ≤ 8"));
         }
         Ok(Box::new(ScaledClusters { options }))
     }
