@@ -393,7 +393,10 @@ fn bits_out_of_range() {
         lab.refuses(&format!("{} --embed-bits {bits}", quantize("tiny")), INPUT, &words);
         lab.refuses(&format!("{} --layer *=bits:{bits}", quantize("tiny")), INPUT, &words);
     }
-    lab.refuses("quantize tiny --bits 256 -o out", USAGE, &["256", "--bits"]);
+    lab.refuses("quantize tiny --bits 256 -o out", INPUT, &["256 bits", "1 to 8"]);
+    lab.refuses("quantize tiny --bits NaN -o out", INPUT, &["NaN bits", "1 to 8"]);
+    lab.refuses("quantize tiny --bits many -o out", USAGE, &["many", "--bits"]);
+    lab.refuses("quantize tiny --embed-bits 256 -o out", USAGE, &["256", "--embed-bits"]);
 }
 
 #[test]
