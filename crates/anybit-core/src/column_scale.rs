@@ -14,6 +14,7 @@
 use half::f16;
 use rayon::prelude::*;
 
+use crate::error::check_len;
 use crate::linalg::{View, matmul};
 use crate::{CoreError, Gram, Matrix, Result};
 
@@ -163,13 +164,6 @@ impl Metric for Dense {
         matmul(&mut product, m, false, 1.0, View::rows(&r, rows, m, m), rhs);
         product.into_iter().map(f64::from).collect()
     }
-}
-
-fn check_len(what: &'static str, expected: usize, found: usize) -> Result<()> {
-    if expected == found {
-        return Ok(());
-    }
-    Err(CoreError::Shape { what, expected: expected.to_string(), found: found.to_string() })
 }
 
 /// What stays fixed while `α` is trained.

@@ -108,3 +108,11 @@ pub enum CoreError {
         minimum: u64,
     },
 }
+
+/// Fails unless a list has the length that is expected of it.
+pub(crate) fn check_len(what: &'static str, expected: usize, found: usize) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(CoreError::Shape { what, expected: expected.to_string(), found: found.to_string() })
+}

@@ -43,13 +43,6 @@ pub struct QuantizeOptions {
     pub cache: Option<PathBuf>,
 }
 
-impl QuantizeOptions {
-    /// The folder of the cache.
-    pub fn cache_folder(&self) -> PathBuf {
-        cache_folder(self.cache.as_deref(), &self.out)
-    }
-}
-
 /// The folder of the cache: the one that is asked for, or `.anybit-cache` beside `out`.
 pub fn cache_folder(asked: Option<&Path>, out: &Path) -> PathBuf {
     match asked {
@@ -123,7 +116,7 @@ pub fn quantize(
     check_tokens(checkpoint, &tokens)?;
     let mut folder = PartialFolder::create(&options.out, options.resume, options.force)?;
     let source = crate::journal::hash_source(checkpoint)?;
-    let root = options.cache_folder();
+    let root = cache_folder(options.cache.as_deref(), &options.out);
     let mut plan = plan.clone();
     let measured =
         Measured::take(checkpoint, &plan, (&source, &recipe), calibration, &root, observe)?;
@@ -353,8 +346,8 @@ impl Run<'_> {
 
     /// Embedding or head rounded by the method itself, where it can.
     fn vocabulary(&self, planned: &PlannedMatrix, kind: SiteKind) -> Result<Option<Rounded>> {
-        let known = self.sensitivity.map(Sensitivity::vocabulary).transpose()?.flatten();
-        let Some(vocabulary) = known.filter(|_| self.rounding.needs().vocabulary) else {
+        let own = self.sensitivity.filter(|_| self.rounding.needs().vocabulary);
+        let Some(vocabulary) = own.map(Sensitivity::vocabulary).transpose()?.flatten() else {
             return Ok(None);
         };
         let tied = self.checkpoint.config.tie_embeddings;

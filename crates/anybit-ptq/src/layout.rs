@@ -1,8 +1,9 @@
 //! [`MatrixLayout`]: how a matrix will be stored, known to the byte before any weight is rounded.
 
-use anybit_core::GridSpec;
+use anybit_core::{CoreError, GridSpec, Plane, QuantizedMatrix};
 use anybit_io::native::{PlaneRecord, QuantizedRecord};
 use anybit_io::safetensors_file::PlannedTensor;
+use half::f16;
 
 /// Grids and parts of a packed matrix `[rows, cols]`.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,6 +49,22 @@ impl MatrixLayout {
                 let own = groups.iter().enumerate().filter(|(_, g)| **g as usize == group);
                 own.map(|(row, _)| row).collect()
             }
+        }
+    }
+
+    /// Puts filled planes together as the layout says.
+    ///
+    /// # Errors
+    /// As [`QuantizedMatrix::from_row_groups`].
+    pub fn assemble(
+        &self,
+        shape: (usize, usize),
+        planes: Vec<Plane>,
+        column_scale: Option<Vec<f16>>,
+    ) -> Result<QuantizedMatrix, CoreError> {
+        match &self.row_groups {
+            Some(groups) => QuantizedMatrix::from_row_groups(shape, planes, groups, column_scale),
+            None => QuantizedMatrix::from_planes(shape, planes, 1, column_scale, None),
         }
     }
 

@@ -182,6 +182,19 @@ pub struct SiteRounding {
 }
 
 impl SiteRounding {
+    /// Every linear of `site` by itself.
+    ///
+    /// # Errors
+    /// The index of the linear that `round` fails on, and the reason.
+    pub fn each(
+        site: &Site<'_>,
+        round: impl Fn(&SiteLinear<'_>) -> Result<QuantizedMatrix, CoreError>,
+    ) -> Result<Self, SiteError> {
+        let linears = site.linears.iter().enumerate();
+        let matrices = linears.map(|(i, linear)| round(linear).map_err(|e| (i, e)));
+        Ok(Self::plain(matrices.collect::<Result<_, _>>()?))
+    }
+
     /// Matrices alone.
     pub fn plain(matrices: Vec<QuantizedMatrix>) -> Self {
         Self { matrices, fold: None }

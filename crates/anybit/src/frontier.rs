@@ -55,7 +55,7 @@ pub fn frontier(
                 "{} has one width per linear, so there is nothing to allocate; methods with a \
                  frontier: {}",
                 recipe.method,
-                allocating().join(", ")
+                methods::allocating().join(", ")
             )));
         }
         let mut plan = Plan::new(checkpoint, &recipe, None)?;
@@ -86,15 +86,6 @@ pub fn frontier(
     Ok(Frontier { base_model, method: recipe.method.clone(), points })
 }
 
-/// Names of the methods that allocate rows.
-fn allocating() -> Vec<&'static str> {
-    let allocates = |name: &&str| {
-        let recipe = Recipe { method: (*name).into(), ..Default::default() };
-        recipe.rounding().is_ok_and(|r| r.allocation().is_some())
-    };
-    methods::names().into_iter().filter(allocates).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +97,6 @@ mod tests {
         for bad in ["", "2:3", "3:2:0.5", "0:2:1", "2:9:1", "2:3:0", "a:b:c"] {
             assert!(parse_range(bad).is_err(), "{bad}");
         }
-        assert_eq!(allocating(), ["skim", "anybit"]);
+        assert_eq!(methods::allocating(), ["skim", "anybit"]);
     }
 }

@@ -24,6 +24,7 @@ use rayon::prelude::*;
 pub use feedback::feedback;
 pub use row_grid::{RowGrid, Table};
 
+use crate::error::check_len;
 use crate::linalg::{View, matmul};
 use crate::rounding::{GptqFactor, GptqOptions};
 use crate::{CoreError, Gram, Matrix, Result};
@@ -192,13 +193,6 @@ pub fn refine(
         done.trace.iter_mut().zip(trace).for_each(|(total, part)| *total += part);
     }
     Ok(done)
-}
-
-fn check_len(what: &'static str, expected: usize, found: usize) -> Result<()> {
-    if expected == found {
-        return Ok(());
-    }
-    Err(CoreError::Shape { what, expected: expected.to_string(), found: found.to_string() })
 }
 
 fn check(weights: &Matrix, codebooks: &[Vec<f32>]) -> Result<()> {

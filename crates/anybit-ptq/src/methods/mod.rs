@@ -96,6 +96,15 @@ pub fn names() -> Vec<&'static str> {
     ALL.iter().map(|m| m.name()).collect()
 }
 
+/// The names of the methods that allocate rows.
+pub fn allocating() -> Vec<&'static str> {
+    let allocates = |name: &&str| {
+        let recipe = Recipe { method: (*name).into(), ..Default::default() };
+        recipe.rounding().is_ok_and(|r| r.allocation().is_some())
+    };
+    names().into_iter().filter(allocates).collect()
+}
+
 /// Reads a method's options; what is absent has its default.
 ///
 /// # Errors
@@ -118,19 +127,18 @@ pub(crate) fn options_table<T: Serialize>(options: &T) -> toml::Table {
 /// A fraction, or a goal in bytes.
 pub(crate) fn whole_bits(recipe: &Recipe) -> Result<u8, String> {
     let name = &recipe.method;
-    let allocating: Vec<&str> = ["skim", "anybit"].to_vec();
     if recipe.max_bytes.is_some() || recipe.count != Default::default() {
         return Err(format!(
             "{name} has one width per linear: a size to meet (max_bytes, count = \"total\") needs \
              a method that allocates ({})",
-            allocating.join(", ")
+            allocating().join(", ")
         ));
     }
     if recipe.bits.fract() != 0.0 {
         return Err(format!(
             "{} bits: {name} takes whole bits, 1 to 8; for fractions use {}",
             recipe.bits,
-            allocating.join(" or ")
+            allocating().join(" or ")
         ));
     }
     Ok(recipe.bits as u8)

@@ -191,10 +191,7 @@ impl<'a> Fit<'a> {
             });
             planes.push(plane);
         }
-        match &layout.row_groups {
-            Some(groups) => QuantizedMatrix::from_row_groups((n, m), planes, groups, None),
-            None => QuantizedMatrix::from_planes((n, m), planes, 1, None, None),
-        }
+        layout.assemble((n, m), planes, None)
     }
 
     /// The rows of group `k` among `members`, the rows of a plane.

@@ -9,7 +9,7 @@ use anybit_core::rounding::gptq::{GptqFactor, GptqOptions, gptq_with};
 use super::{Citation, Method, NoOptions, Place, Rounding, read_options, whole_bits};
 use crate::Recipe;
 use crate::layout::MatrixLayout;
-use crate::site::{Needs, Site, SiteError, SiteLinear, SiteRounding};
+use crate::site::{Needs, Site, SiteError, SiteRounding};
 use crate::tables::Allocation;
 
 /// GPTQ.
@@ -71,12 +71,10 @@ impl Rounding for Feedback {
             fit: first.settings.scale,
         };
         let factor = GptqFactor::new(gram, options).map_err(|e| (0, e))?;
-        let round = |(i, l): (usize, &SiteLinear<'_>)| {
+        SiteRounding::each(site, |l| {
             let result = gptq_with(l.weights, &factor, l.settings.grid, l.settings.scale);
-            result.map(|r| QuantizedMatrix::single(r.plane)).map_err(|e| (i, e))
-        };
-        let matrices = site.linears.iter().enumerate().map(round);
-        Ok(SiteRounding::plain(matrices.collect::<Result<_, _>>()?))
+            result.map(|r| QuantizedMatrix::single(r.plane))
+        })
     }
 
     fn allocation(&self) -> Option<&dyn Allocation> {

@@ -54,12 +54,10 @@ impl Rounding for Nearest {
     }
 
     fn round(&self, site: &Site<'_>) -> Result<SiteRounding, SiteError> {
-        let round = |(i, l): (usize, &crate::site::SiteLinear<'_>)| {
+        SiteRounding::each(site, |l| {
             let plane = nearest(l.weights, l.settings.grid, l.settings.scale);
-            plane.map(QuantizedMatrix::single).map_err(|e| (i, e))
-        };
-        let matrices = site.linears.iter().enumerate().map(round);
-        Ok(SiteRounding::plain(matrices.collect::<Result<_, _>>()?))
+            plane.map(QuantizedMatrix::single)
+        })
     }
 
     fn allocation(&self) -> Option<&dyn Allocation> {

@@ -237,10 +237,7 @@ fn pack(
         planes.push(plane);
     }
     let scale = alpha.map(|alpha| alpha.iter().map(|a| f16::from_f32(*a)).collect());
-    match &linear.layout.row_groups {
-        Some(groups) => QuantizedMatrix::from_row_groups((n, m), planes, groups, scale),
-        None => QuantizedMatrix::from_planes((n, m), planes, 1, scale, None),
-    }
+    linear.layout.assemble((n, m), planes, scale)
 }
 
 impl Allocation for ScaledClusters {
