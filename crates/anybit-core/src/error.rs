@@ -64,6 +64,28 @@ pub enum CoreError {
         /// Shape or length found.
         found: String,
     },
+    /// A size for which no Hadamard matrix is known here.
+    #[error(
+        "no Hadamard matrix of {n} channels is known: use a block Hadamard, or a Kronecker \
+         transform"
+    )]
+    NoHadamard {
+        /// Channels.
+        n: usize,
+    },
+    /// A factor without an inverse.
+    #[error(
+        "{what} (number or size {index}) has no usable inverse ({found}): fit with a lower \
+         learning rate or more data"
+    )]
+    Singular {
+        /// What has no inverse.
+        what: &'static str,
+        /// Its channel, or its size.
+        index: usize,
+        /// What was found.
+        found: String,
+    },
     /// Cholesky failed at every damping tried.
     #[error(
         "the Gram matrix ({n}×{n}) is not positive definite even with damping {damp}: \

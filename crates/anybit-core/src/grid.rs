@@ -72,6 +72,18 @@ impl GridSpec {
         }
     }
 
+    /// The same grid with other bits; one symmetric bit is half-integer.
+    pub fn with_bits(&self, bits: u8) -> Self {
+        match *self {
+            Self::Uniform { symmetric, group_size, .. } => {
+                Self::affine(bits, symmetric, group_size)
+            }
+            Self::HalfInteger { group_size, .. } => Self::affine(bits, true, group_size),
+            Self::Codebook { .. } => Self::Codebook { bits },
+            Self::SharedCodebook { group_size, .. } => Self::SharedCodebook { bits, group_size },
+        }
+    }
+
     /// Columns that share parameters in a row of `cols`.
     pub fn group_len(&self, cols: usize) -> usize {
         self.group_size().unwrap_or(cols).max(1)
@@ -202,8 +214,22 @@ impl GroupGrid {
         Ok(Self { scale, zero, max_code: levels })
     }
 
+    /// `Σ|w − q|^2.4`, in eight partial sums so that it vectorizes in a fixed order.
     fn error(&self, weights: &[f32]) -> f64 {
-        weights.iter().map(|&w| ((w - self.decode(self.encode(w))).abs() as f64).powf(2.4)).sum()
+        const LANES: usize = 8;
+        // Codes as f32: the same values as `decode(encode(w))`.
+        let power = |w: f32| {
+            let code = (w / self.scale + self.zero).round_ties_even().clamp(0.0, self.max_code);
+            power_2_4((w - (code - self.zero) * self.scale).abs())
+        };
+        let chunks = weights.chunks_exact(LANES);
+        let mut total: f64 = chunks.remainder().iter().map(|w| power(*w) as f64).sum();
+        let mut sums = [0f32; LANES];
+        for chunk in chunks {
+            sums.iter_mut().zip(chunk).for_each(|(sum, w)| *sum += power(*w));
+        }
+        total += sums.iter().map(|s| *s as f64).sum::<f64>();
+        total
     }
 
     /// Nearest code of `w`, ties to the even code.
@@ -220,6 +246,24 @@ impl GroupGrid {
     pub fn decode(&self, code: u8) -> f32 {
         (code as f32 - self.zero) * self.scale
     }
+}
+
+/// `x^2.4 = x² · 2^(0.4 log₂ x)` for `x ≥ 0`, to 0.4%: for comparing errors, at a tenth of `powf`'s
+/// cost.
+#[inline(always)]
+fn power_2_4(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let exponent = (bits >> 23) as i32 - 127;
+    let m = f32::from_bits((bits & 0x007f_ffff) | 0x3f80_0000);
+    // log₂ of the mantissa on [1, 2), and 2^f on [−½, ½].
+    let log = ((((-0.081_615_81f32 * m + 0.645_142_4) * m - 2.120_674_6) * m + 4.070_091) * m
+        - 2.512_853_6)
+        + exponent as f32;
+    let t = (0.4 * log).max(-120.0);
+    let n = t.round_ties_even();
+    let f = t - n;
+    let p = ((0.055_504_1f32 * f + 0.240_226_5) * f + std::f32::consts::LN_2) * f + 1.0;
+    x * x * p * f32::from_bits(((n as i32 + 127) as u32) << 23)
 }
 
 /// Rounds a non-negative scale to f16. A positive scale never becomes zero: the smallest f16
@@ -266,6 +310,16 @@ mod tests {
             let searched = GroupGrid::fit(spec, &w, ScaleFit::Mse).unwrap();
             prop_assert!(searched.error(&w) <= plain.error(&w));
         }
+    }
+
+    #[test]
+    fn the_power_is_near_enough() {
+        let mut x = 1e-9f32;
+        while x < 1e4 {
+            approx::assert_relative_eq!(power_2_4(x), x.powf(2.4), max_relative = 4e-3);
+            x *= 1.37;
+        }
+        assert_eq!(power_2_4(0.0), 0.0);
     }
 
     #[test]

@@ -13,12 +13,14 @@
 //! | `u` | a code, an unsigned integer below `2^bits` |
 //! | `s`, `z` | a group's scale (step) and zero point: the value of `u` is `(u − z)·s` |
 
+pub mod activation;
 pub mod allocate;
 pub mod bitstream;
 pub mod column_scale;
 pub mod error;
 pub mod gram;
 pub mod grid;
+pub mod hadamard;
 pub mod kmeans;
 pub mod linalg;
 pub mod lnq;
@@ -27,11 +29,17 @@ pub mod quantized;
 pub mod rng;
 pub mod rounding;
 pub mod shared_codebook;
+pub mod sites;
 pub mod sparse;
+pub mod transform;
 
+pub use activation::{ActivationQuantizer, Segment};
 pub use error::{CoreError, Result};
 pub use gram::Gram;
 pub use grid::{GridSpec, GroupGrid, ScaleFit};
+pub use hadamard::Hadamard;
 pub use matrix::{Matrix, RowSource};
 pub use quantized::{Plane, PlaneLengths, QuantizedMatrix};
+pub use sites::{BlockSites, Site, SiteState};
 pub use sparse::Sparse;
+pub use transform::{Transform, TransformSpec};

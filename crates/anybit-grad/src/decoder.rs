@@ -6,6 +6,9 @@
 //! b = rms_norm(x)            x = x + down(swiglu(gate(b), up(b)))
 //! ```
 //!
+//! At every [`Site`] a function of the caller's may change what flows there; [`block_forward`]
+//! applies the model's own online transforms.
+//!
 //! [`TrainBlock`] holds one layer's parameters by name, [`block_forward`] records one layer,
 //! [`TrainDecoder`] is the whole. Parameters become leaves of a tape as [`BlockVars`]; a method
 //! that trains quantized weights replaces handles there before the forward pass.
@@ -13,7 +16,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anybit_core::Matrix;
+use anybit_core::{BlockSites, Matrix, Site};
 use anybit_io::{Checkpoint, IoError, ModelConfig, Weight};
 
 use crate::{AttentionSpec, GradError, IGNORE, Result, Rope, Tape, Tensor, Var};
@@ -61,6 +64,8 @@ pub struct TrainBlock {
     pub layer: usize,
     /// Parameters by their names below `model.layers.N.`, such as `self_attn.q_proj.weight`.
     pub params: BTreeMap<String, Tensor>,
+    /// Its online transforms; quantizers that stand there are not differentiated.
+    pub sites: BlockSites,
 }
 
 impl TrainBlock {
@@ -75,7 +80,7 @@ impl TrainBlock {
             let tensor = load_tensor(checkpoint, &name, &shape)?;
             params.insert(name.strip_prefix(&prefix).unwrap_or(&name).to_string(), tensor);
         }
-        Ok(Self { layer, params })
+        Ok(Self { layer, params, sites: checkpoint.block_sites(layer)? })
     }
 
     /// Puts the parameters on `tape`; `wants` picks those that get a gradient, by name.
@@ -83,7 +88,7 @@ impl TrainBlock {
         let leaf = |(name, tensor): (&String, &Tensor)| {
             (name.clone(), tape.leaf(tensor.clone(), wants(name)))
         };
-        BlockVars { vars: self.params.iter().map(leaf).collect() }
+        BlockVars { vars: self.params.iter().map(leaf).collect(), sites: self.sites.clone() }
     }
 }
 
@@ -92,6 +97,8 @@ impl TrainBlock {
 pub struct BlockVars {
     /// Handles by the names of [`TrainBlock::params`].
     pub vars: BTreeMap<String, Var>,
+    /// Online transforms.
+    pub sites: BlockSites,
 }
 
 impl BlockVars {
@@ -141,6 +148,28 @@ pub fn block_forward(
     shape: &BlockShape,
     seqlen: usize,
 ) -> BlockOutput {
+    let mut transform = |tape: &mut Tape, site: Site, x: Var| {
+        let transform = params.sites.at(site).transform.as_ref();
+        transform.map_or(x, |transform| tape.transform(x, transform))
+    };
+    block_forward_at(tape, x, params, shape, seqlen, &mut transform)
+}
+
+/// What becomes of the values that flow at a site: `(tape, site, x)` to what takes the place of `x`.
+pub type AtSite<'a> = &'a mut dyn FnMut(&mut Tape, Site, Var) -> Var;
+
+/// [`block_forward`] with `at` called at every site in the place of the online transforms.
+///
+/// # Panics
+/// As [`block_forward`].
+pub fn block_forward_at(
+    tape: &mut Tape,
+    x: Var,
+    params: &BlockVars,
+    shape: &BlockShape,
+    seqlen: usize,
+    at: AtSite<'_>,
+) -> BlockOutput {
     let mut linears = Vec::with_capacity(7);
     let mut linear = |tape: &mut Tape, name: &'static str, input: Var| {
         let bias = params.get(&format!("{name}.bias"));
@@ -149,6 +178,7 @@ pub fn block_forward(
         output
     };
     let a = tape.rms_norm(x, params.need("input_layernorm.weight"), shape.eps);
+    let a = at(tape, Site::AttnInput, a);
     let mut q = linear(tape, "self_attn.q_proj", a);
     let mut k = linear(tape, "self_attn.k_proj", a);
     let v = linear(tape, "self_attn.v_proj", a);
@@ -160,13 +190,18 @@ pub fn block_forward(
     }
     let q = tape.rope(q, &shape.rope, seqlen);
     let k = tape.rope(k, &shape.rope, seqlen);
+    let (q, k) = (at(tape, Site::Query, q), at(tape, Site::Key, k));
+    let v = at(tape, Site::Value, v);
     let mixed = tape.attention(q, k, v, shape.attention(seqlen));
+    let mixed = at(tape, Site::AttnOutput, mixed);
     let attended = linear(tape, "self_attn.o_proj", mixed);
     let x = tape.add(x, attended);
     let b = tape.rms_norm(x, params.need("post_attention_layernorm.weight"), shape.eps);
+    let b = at(tape, Site::MlpInput, b);
     let gate = linear(tape, "mlp.gate_proj", b);
     let up = linear(tape, "mlp.up_proj", b);
     let activated = tape.swiglu(gate, up);
+    let activated = at(tape, Site::DownInput, activated);
     let down = linear(tape, "mlp.down_proj", activated);
     BlockOutput { y: tape.add(x, down), linears }
 }

@@ -33,8 +33,8 @@ mod testing;
 mod tiles;
 
 pub use decoder::{
-    BlockOutput, BlockShape, BlockVars, DecoderOutput, DecoderVars, LinearSite, TrainBlock,
-    TrainDecoder, block_forward, next_tokens,
+    AtSite, BlockOutput, BlockShape, BlockVars, DecoderOutput, DecoderVars, LinearSite, TrainBlock,
+    TrainDecoder, block_forward, block_forward_at, next_tokens,
 };
 pub use error::{GradError, Result};
 pub use fisher::{
@@ -42,7 +42,7 @@ pub use fisher::{
     sensitivities,
 };
 pub use head::HeadRows;
-pub use ops::{AttentionSpec, IGNORE, Rope};
+pub use ops::{AttentionSpec, FakeQuant, IGNORE, Rope};
 pub use optim::{AdamW, AdamWOptions, OneCycle, Update, clip_factor, global_norm};
 pub use tape::{Pass, Slot, Tape, Var};
 pub use tensor::Tensor;

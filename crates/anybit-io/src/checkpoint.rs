@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anybit_core::{QuantizedMatrix, RowSource};
+use anybit_core::{BlockSites, QuantizedMatrix, RowSource, Site};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -145,6 +145,33 @@ impl Checkpoint {
             Source::Folder { manifest, .. } => manifest.as_deref(),
             Source::Gguf { .. } => None,
         }
+    }
+
+    /// Whether its weights are packed codes.
+    pub fn is_packed(&self) -> bool {
+        self.manifest().is_some_and(|m| !m.quantized.is_empty())
+    }
+
+    /// Whether activations go through transforms or quantizers: something that other formats
+    /// cannot hold.
+    pub fn has_sites(&self) -> bool {
+        self.manifest().is_some_and(|m| !m.sites.is_empty())
+    }
+
+    /// What stands at the sites of block `layer`.
+    ///
+    /// # Errors
+    /// A record that does not fit the model or its parts.
+    pub fn block_sites(&self, layer: usize) -> Result<BlockSites> {
+        let mut sites = BlockSites::default();
+        let Some(manifest) = self.manifest() else { return Ok(sites) };
+        for site in Site::ALL {
+            let name = format!("model.layers.{layer}.{}", site.name());
+            if let Some(record) = manifest.sites.get(&name) {
+                *sites.at_mut(site) = record.load(&name, self.config.site_size(site), self)?;
+            }
+        }
+        Ok(sites)
     }
 
     /// The GGUF file behind it, if there is one.

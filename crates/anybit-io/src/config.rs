@@ -378,6 +378,17 @@ impl ModelConfig {
             .collect()
     }
 
+    /// Channels of a row at a site: the width of the linears' input, or of a head.
+    pub fn site_size(&self, site: anybit_core::Site) -> usize {
+        use anybit_core::Site;
+        match site {
+            Site::AttnInput | Site::MlpInput => self.hidden_size,
+            Site::Query | Site::Key | Site::Value => self.head_dim,
+            Site::AttnOutput => self.q_size(),
+            Site::DownInput => self.intermediate_size,
+        }
+    }
+
     /// Channels of all query heads together.
     pub fn q_size(&self) -> usize {
         self.num_heads * self.head_dim

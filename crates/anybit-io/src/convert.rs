@@ -49,6 +49,7 @@ pub fn to_folder(
     options: FolderOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
+    refuse_sites(source)?;
     let (dtype, dtype_name) = file_dtype(options.dtype).ok_or_else(|| {
         let what =
             format!("{:?} is not an element type of folders: use f32, f16 or bf16", options.dtype);
@@ -83,6 +84,17 @@ pub fn to_folder(
     write_bytes(&folder.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
     copy_text_files(source, folder.path())?;
     folder.finish()
+}
+
+/// Transforms and quantizers of activations are part of what the model computes, and no other
+/// format holds them.
+fn refuse_sites(source: &Checkpoint) -> Result<()> {
+    if !source.has_sites() {
+        return Ok(());
+    }
+    let what = "its activations go through transforms or quantizers, which this format cannot \
+                hold: convert the original model";
+    Err(IoError::unsupported(&source.path, what))
 }
 
 fn write_tensor(
@@ -231,6 +243,7 @@ fn tokenizer_config(source: &Checkpoint, tokenizer: &Tokenizer) -> Result<Value>
 /// overflows f16, or what reading finds.
 pub fn to_gguf(source: &Checkpoint, out: &Path, dtype: Dtype, force: bool) -> Result<()> {
     check_absent(out, force)?;
+    refuse_sites(source)?;
     let elements: usize =
         source.config.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
     check_space(out, dtype.bytes(elements) as u64)?;

@@ -3,7 +3,7 @@
 use anybit_core::linalg::{View, matmul, matmul_into};
 use rayon::prelude::*;
 
-use crate::{DisjointMut, softmax, with_scratch};
+use crate::{DisjointMut, KvRows, softmax, with_scratch};
 
 /// Queries of one task.
 const QUERIES: usize = 64;
@@ -28,14 +28,19 @@ pub struct AttentionShape {
 /// Computes `softmax(q kᵀ / √d) v` for every query and head.
 ///
 /// `q` and `out` are `[queries, heads · head_dim]`; `keys` and `values` are
-/// `[kv_heads, capacity, head_dim]`.
-pub fn attention(q: &[f32], keys: &[f32], values: &[f32], shape: AttentionShape, out: &mut [f32]) {
+/// `[kv_heads, capacity, head_dim]`; packed ones are decoded as they are needed.
+pub fn attention(
+    q: &[f32],
+    keys: &KvRows,
+    values: &KvRows,
+    shape: AttentionShape,
+    out: &mut [f32],
+) {
     let AttentionShape { heads, kv_heads, head_dim, capacity, start, window } = shape;
     let stride = heads * head_dim;
     let queries = q.len() / stride;
     assert_eq!(q.len(), out.len(), "queries and outputs differ in length");
     assert!(start + queries <= capacity, "more positions than the cache holds");
-    assert!(keys.len().min(values.len()) >= kv_heads * capacity * head_dim, "cache too short");
     let scale = 1.0 / (head_dim as f32).sqrt();
     let dst = DisjointMut::new(out);
     let blocks = queries.div_ceil(QUERIES);
@@ -45,10 +50,15 @@ pub fn attention(q: &[f32], keys: &[f32], values: &[f32], shape: AttentionShape,
         let end = start + first + count;
         let begin = window.map_or(0, |w| (start + first + 1).saturating_sub(w));
         let span = end - begin;
-        let cache = head / (heads / kv_heads) * capacity * head_dim;
-        let keys = &keys[cache + begin * head_dim..cache + end * head_dim];
-        let values = &values[cache + begin * head_dim..cache + end * head_dim];
-        with_scratch(count * span, |scores| {
+        let cache = head / (heads / kv_heads) * capacity;
+        let rows = cache + begin..cache + end;
+        let decoded = |rows: &KvRows| if rows.is_packed() { span * head_dim } else { 0 };
+        let (key_len, value_len) = (decoded(keys), decoded(values));
+        with_scratch(count * span + key_len + value_len, |scratch| {
+            let (scores, scratch) = scratch.split_at_mut(count * span);
+            let (key_scratch, value_scratch) = scratch.split_at_mut(key_len);
+            let keys = keys.read(rows.clone(), head_dim, key_scratch);
+            let values = values.read(rows.clone(), head_dim, value_scratch);
             let q = View::rows(&q[first * stride + head * head_dim..], count, head_dim, stride);
             matmul(scores, span, false, scale, q, View::rows(keys, span, head_dim, head_dim).t());
             for (i, row) in scores.chunks_exact_mut(span).enumerate() {
@@ -117,7 +127,8 @@ mod tests {
             let k = normals(kv_heads * shape.capacity * shape.head_dim);
             let v = normals(k.len());
             let mut out = vec![0.0; q.len()];
-            attention(&q, &k, &v, shape, &mut out);
+            let rows = |x: &[f32]| KvRows::Plain(x.to_vec());
+            attention(&q, &rows(&k), &rows(&v), shape, &mut out);
             for (a, b) in out.iter().zip(naive(&q, &k, &v, shape)) {
                 prop_assert!((a - b).abs() < 2e-5, "{a} {b}");
             }

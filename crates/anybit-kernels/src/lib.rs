@@ -1,5 +1,6 @@
-//! The loops that inference spends its time in: linears over any weight storage, RMSNorm, rotary
-//! embedding, SwiGLU, softmax, attention.
+//! The loops that inference spends its time in: linears over any weight storage, linears in
+//! integers, online transforms, RMSNorm, rotary embedding, SwiGLU, softmax, attention over plain or
+//! packed keys and values.
 //!
 //! Every function splits its work into tiles whose size does not depend on the number of threads
 //! and sums in a fixed order inside a tile: the same input gives the same bits on any machine
@@ -7,15 +8,21 @@
 
 pub mod activation;
 pub mod attention;
+pub mod integer;
+pub mod kv;
 pub mod linear;
 pub mod norm;
 pub mod rope;
+pub mod transform;
 
 pub use activation::{softmax, swiglu};
 pub use attention::{AttentionShape, attention};
+pub use integer::{IntegerWeight, QuantizedRows};
+pub use kv::KvRows;
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use rope::RopeTable;
+pub use transform::{fake_rows, quantize_rows, transform_rows};
 
 /// Pointer to a buffer of which every task writes its own disjoint part.
 #[derive(Clone, Copy)]

@@ -75,6 +75,8 @@ pub fn write(
         quantized: journal.records().clone(),
         dense,
         folded: journal.folded().clone(),
+        transform: checkpoint.manifest().and_then(|m| m.transform.clone()),
+        sites: plan.sites.clone(),
     };
     write_bytes(&folder.join(MANIFEST), manifest.to_json().as_bytes())?;
     write_config(checkpoint, &manifest, recipe, folder)?;
@@ -96,6 +98,10 @@ fn journal_names(checkpoint: &Checkpoint, plan: &Plan) -> Vec<String> {
 /// Name of the source's folder or file: never its path, which says more about a machine than
 /// about a model.
 pub fn base_name(checkpoint: &Checkpoint) -> String {
+    // A transformed model knows what it comes from.
+    if let Some(manifest) = checkpoint.manifest() {
+        return manifest.base_model.clone();
+    }
     let absolute = std::path::absolute(&checkpoint.path).unwrap_or(checkpoint.path.clone());
     absolute.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
@@ -118,6 +124,9 @@ fn write_config(
         "quant_method": "anybit",
         "format_version": FORMAT_VERSION,
         "method": recipe.method,
+        "transform": recipe.transform,
+        "activation_bits": recipe.a_bits,
+        "kv_bits": recipe.kv_bits,
         "bits_per_weight_codes": codes,
         "bits_per_weight_total": total,
         "manifest": MANIFEST,

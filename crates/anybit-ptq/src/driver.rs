@@ -62,6 +62,8 @@ pub enum Event {
     Gradients(u64, u64),
     /// Error tables of block `.0` of `.1` are taken.
     Measuring(usize, usize),
+    /// A transform is fitted: steps done and in all.
+    Transforming(usize, usize),
 }
 
 /// What happened to one block.
@@ -196,7 +198,7 @@ impl Measured {
         // Embedding and head have a file of their own, so goals with and without them share a folder.
         let linears = plan.matrices.iter().filter(|m| m.tensor.contains(".layers."));
         let matrices: Vec<&str> = linears.map(|m| m.tensor.as_str()).collect();
-        let grids = format!("{} {}", recipe.group_size, matrices.join(" "));
+        let grids = format!("{} {}", recipe.group(), matrices.join(" "));
         let parts = [source, &recipe.method, &options, &tokens, &gradients, &grids];
         let cache = Cache::open(root, "tables", &parts)?;
         let sensitive = sensitivity.as_ref();
@@ -205,8 +207,11 @@ impl Measured {
     }
 }
 
-/// Final hidden states of the original model, normalized, and their width.
-fn final_states(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Result<(Vec<f32>, usize)> {
+/// Final hidden states of a model for some sequences of equal length, normalized, and their width.
+///
+/// # Errors
+/// What reading reports.
+pub fn final_states(checkpoint: &Checkpoint, sequences: &[Vec<u32>]) -> Result<(Vec<f32>, usize)> {
     let config = &checkpoint.config;
     let mut stream = Stream::embed(sequences, &checkpoint.weight(EMBEDDING)?);
     let mut mover = Mover::new(config, stream.seqlen);
@@ -276,6 +281,7 @@ impl Run<'_> {
             let started = Instant::now();
             let mut layer = DecoderLayer::load(self.checkpoint, index)?;
             mover.advance(&layer, &mut original);
+            self.equip(index, &mut layer)?;
             let sites = self.block(index, &mut layer, &mut stream, &mut mover)?;
             mover.advance(&layer, &mut followed);
             for (name, _) in config.block_tensors(index) {
@@ -302,6 +308,15 @@ impl Run<'_> {
         Ok(Some((norm(&original)?, norm(&followed)?)))
     }
 
+    /// Puts the quantizers of activations and cache in place.
+    fn equip(&self, index: usize, layer: &mut DecoderLayer) -> Result<()> {
+        for site in anybit_core::Site::ALL {
+            let record = self.plan.sites.get(&format!("model.layers.{index}.{}", site.name()));
+            layer.sites.at_mut(site).quantizer = record.and_then(|r| r.quantizer.clone());
+        }
+        Ok(())
+    }
+
     /// Rounds the linears of one block; on return `layer` holds the decoded weights.
     fn block(
         &self,
@@ -313,10 +328,12 @@ impl Run<'_> {
         let needs = self.rounding.needs();
         let sensitivity = self.sensitivity.map(|s| s.block(index)).transpose()?;
         let tokens = sensitivity.as_ref().and_then(|s| s.tokens.as_ref());
+        let clips = crate::transforms::read_clips(self.checkpoint, index)?;
         let mut sites = Vec::new();
         let mut on_site = |layer: &mut DecoderLayer, kind: SiteKind, seen: Statistics| {
             let place = (self.plan, index, kind);
-            let mut site = round_site(self.rounding, place, layer, &seen, sensitivity.as_ref())?;
+            let known = (sensitivity.as_ref(), &clips);
+            let mut site = round_site(self.rounding, place, layer, &seen, known)?;
             if needs.inputs == Inputs::Quantized {
                 site.install(layer)?;
             }

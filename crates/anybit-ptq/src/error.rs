@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// Result with [`PtqError`].
-pub type Result<T> = std::result::Result<T, PtqError>;
+pub type Result<T, E = PtqError> = std::result::Result<T, E>;
 
 /// Errors of recipes, plans and the quantization itself.
 #[derive(Debug, thiserror::Error)]

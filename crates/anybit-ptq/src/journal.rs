@@ -55,6 +55,10 @@ impl Identity {
 pub fn hash_source(checkpoint: &Checkpoint) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?}", checkpoint.config).as_bytes());
+    if let Some(manifest) = checkpoint.manifest() {
+        // Hashes of the transforms' numbers are in the records.
+        hasher.update(format!("{:?}", manifest.sites).as_bytes());
+    }
     for (name, shape) in checkpoint.config.tensors() {
         let tensor = checkpoint.tensor(&name)?;
         hasher.update(format!("{name} {shape:?} {:?}", tensor.dtype).as_bytes());

@@ -12,6 +12,8 @@ pub struct MatrixLayout {
     pub planes: Vec<(GridSpec, usize)>,
     /// Row group of each row, when there are several.
     pub row_groups: Option<Vec<u8>>,
+    /// Grid and columns of a second column tier, the last columns; for one row group alone.
+    pub high: Option<(GridSpec, usize)>,
     /// Whether a factor per column is stored.
     pub column_scale: bool,
     /// Entries of the sparse part, if there is one.
@@ -21,7 +23,20 @@ pub struct MatrixLayout {
 impl MatrixLayout {
     /// One grid for all rows.
     pub fn single(grid: GridSpec, rows: usize) -> Self {
-        Self { planes: vec![(grid, rows)], row_groups: None, column_scale: false, sparse: None }
+        Self {
+            planes: vec![(grid, rows)],
+            row_groups: None,
+            high: None,
+            column_scale: false,
+            sparse: None,
+        }
+    }
+
+    /// A grid for each tier of columns, at most two.
+    pub fn tiered(tiers: &[(GridSpec, usize)], rows: usize) -> Self {
+        let mut layout = Self::single(tiers[0].0, rows);
+        layout.high = tiers.get(1).copied();
+        layout
     }
 
     /// A grid of each row's own: `choice` holds indices into `options`. Grids without rows are
@@ -38,7 +53,7 @@ impl MatrixLayout {
         }
         let row_groups = (planes.len() > 1)
             .then(|| choice.iter().map(|option| group_of[*option as usize]).collect());
-        Self { planes, row_groups, column_scale: false, sparse: None }
+        Self { planes, row_groups, high: None, column_scale: false, sparse: None }
     }
 
     /// The rows of row group `group`, in order.
@@ -78,19 +93,27 @@ impl MatrixLayout {
 
     /// Bits of all codes of `cols` columns.
     pub fn code_bits(&self, cols: usize) -> u64 {
-        self.planes.iter().map(|(grid, rows)| (rows * cols) as u64 * grid.bits() as u64).sum()
+        let high = self.high.map_or(0, |h| h.1);
+        let low = |(grid, rows): &(GridSpec, usize)| {
+            let top = self.high.map_or(0, |(grid, cols)| cols as u64 * grid.bits() as u64);
+            *rows as u64 * ((cols - high) as u64 * grid.bits() as u64 + top)
+        };
+        self.planes.iter().map(low).sum()
     }
 
     /// The tensors that will hold the matrix `tensor`.
     pub fn parts(&self, tensor: &str, rows: usize, cols: usize) -> Vec<PlannedTensor> {
-        let plane =
-            |(grid, rows): &(GridSpec, usize)| PlaneRecord { rows: *rows, cols, grid: *grid };
+        let low = cols - self.high.map_or(0, |h| h.1);
+        let tiers = |(grid, rows): &(GridSpec, usize)| {
+            let plane = |(grid, cols)| PlaneRecord { rows: *rows, cols, grid };
+            std::iter::once((*grid, low)).chain(self.high).map(plane).collect::<Vec<_>>()
+        };
         let record = QuantizedRecord {
             rows,
             cols,
             method: String::new(),
-            planes: self.planes.iter().map(plane).collect(),
-            column_groups: 1,
+            planes: self.planes.iter().flat_map(tiers).collect(),
+            column_groups: 1 + usize::from(self.high.is_some()),
             column_scale: self.column_scale,
             row_perm: false,
             row_groups: self.row_groups.is_some(),

@@ -12,6 +12,8 @@
 //! | `calibration` | the token sequences that are observed |
 //! | `site` | the linears that share an input, and what was observed of it |
 //! | `methods/NAME` | one folder per method |
+//! | `transforms/NAME` | one file or folder per transform |
+//! | `activations` | which quantizers stand at the sites |
 //! | `sensitivity` | gradients, once per model and text |
 //! | `tables`, `goal` | errors of rows on grids, and the choice of grids under a goal |
 //! | `cache` | where both are kept for the next goal |
@@ -21,6 +23,7 @@
 //! | `journal` | finished blocks, for `--resume` |
 //! | `assemble` | the final folder |
 
+pub mod activations;
 pub mod assemble;
 pub mod cache;
 pub mod calibration;
@@ -38,10 +41,11 @@ pub mod site;
 pub mod stages;
 pub mod streams;
 pub mod tables;
+pub mod transforms;
 
 pub use calibration::{Calibration, CalibrationText};
 pub use driver::{
-    BlockReport, Event, Measured, QuantizeOptions, Quantized, cache_folder, quantize,
+    BlockReport, Event, Measured, QuantizeOptions, Quantized, cache_folder, final_states, quantize,
 };
 pub use error::{PtqError, Result};
 pub use layout::MatrixLayout;

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use anybit_io::native::SiteRecord;
 use anybit_io::safetensors_file::{FileDtype, FileLayout, PlannedTensor, layout};
-use anybit_io::{Checkpoint, Dtype, Format, ModelConfig};
+use anybit_io::{Checkpoint, Dtype, ModelConfig};
 
+use crate::activations::site_records;
 use crate::methods::{Place, Rounding};
 use crate::site::SiteKind;
 use crate::{LinearSettings, MatrixLayout, PtqError, Recipe, Result};
@@ -44,8 +46,10 @@ impl PlannedMatrix {
 pub struct Plan {
     /// Matrices that will be packed, in the order of the model.
     pub matrices: Vec<PlannedMatrix>,
-    /// Tensors that stay as they are.
+    /// Tensors that stay as they are, numbers of transforms included.
     pub dense: Vec<PlannedTensor>,
+    /// What will stand at the sites, by `model.layers.N.SITE`.
+    pub sites: BTreeMap<String, SiteRecord>,
     /// The weight files.
     pub files: Vec<FileLayout>,
     /// Everything that makes the recipe impossible for this model.
@@ -66,7 +70,8 @@ impl Plan {
     /// small. What does not fit the model is listed in [`Plan::problems`].
     pub fn new(checkpoint: &Checkpoint, recipe: &Recipe, out: Option<&Path>) -> Result<Self> {
         recipe.validate()?;
-        if checkpoint.format() == Format::Native {
+        let recipe = &recipe.resolved()?;
+        if checkpoint.is_packed() {
             return Err(PtqError::Recipe(format!(
                 "{} is packed already; quantize the original model",
                 checkpoint.path.display()
@@ -76,13 +81,22 @@ impl Plan {
         let rounding = recipe.rounding()?;
         let mut problems = Vec::new();
         check_names(recipe, config, &mut problems);
+        let sites = site_records(checkpoint, recipe)?;
+        // Column tiers pay where activations have them too.
+        let tiers = rounding.needs().tiers && recipe.quantizes_activations();
         let (mut matrices, mut dense): (Vec<PlannedMatrix>, Vec<_>) = (Vec::new(), Vec::new());
         let mut misfits: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (tensor, shape) in config.tensors() {
             match (settings_of(recipe, &*rounding, &tensor), &shape[..]) {
-                (Some(settings), &[rows, cols]) => {
-                    let matrix = place(recipe, &*rounding, &tensor, (rows, cols), settings);
-                    for (grid, _) in &matrix.layout.planes {
+                (Some(mut settings), &[rows, cols]) => {
+                    if tiers {
+                        settings.tier = tier_of(recipe, &tensor, &sites);
+                    }
+                    let shape = (rows, cols);
+                    let matrix = place((recipe, &sites), &*rounding, &tensor, shape, settings);
+                    let low = cols - settings.tier.map_or(0, |t| t.0);
+                    let planes = matrix.layout.planes.iter().map(|(grid, _)| (*grid, low));
+                    for (grid, cols) in planes.chain(matrix.layout.high) {
                         if let Err(e) = grid.validate(cols) {
                             misfits.entry(e.to_string()).or_default().push(tensor.clone());
                         }
@@ -93,12 +107,17 @@ impl Plan {
                     let dtype = match checkpoint.tensor(&tensor)?.dtype {
                         Dtype::F16 => FileDtype::F16,
                         Dtype::BF16 => FileDtype::BF16,
+                        // Of a transformed model: more digits than the original had.
+                        _ if checkpoint.has_sites() && shape.len() == 2 => FileDtype::F16,
                         // Decoded block types need all of f32 to stay exact.
                         _ => FileDtype::F32,
                     };
                     dense.push(PlannedTensor::new(tensor, dtype, shape));
                 }
             }
+        }
+        for (name, record) in &sites {
+            dense.extend(record.parts(name));
         }
         for norm in matrices.iter().filter(|m| m.folds).filter_map(|m| norm_of(&m.tensor)) {
             // Factors are exact only with all digits.
@@ -111,9 +130,12 @@ impl Plan {
             [] => what,
         }));
         let (ram_bytes, flops) = estimate(config, recipe, &*rounding, &matrices);
-        let provisional = rounding.allocation().is_some();
+        // Transforms are fitted first; what they store is known then.
+        let untransformed = recipe.transformer()?.is_some() && !checkpoint.has_sites();
+        let provisional = rounding.allocation().is_some() || untransformed;
         let files = Vec::new();
-        let mut plan = Self { matrices, dense, files, problems, ram_bytes, flops, provisional };
+        let mut plan =
+            Self { matrices, dense, sites, files, problems, ram_bytes, flops, provisional };
         plan.lay_out();
         if let Some(out) = out {
             // Finished blocks wait beside the output until it is assembled.
@@ -156,7 +178,9 @@ impl Plan {
             codes += m.layout.code_bits(m.cols) as f64;
             total += m.parts().iter().map(|p| p.bytes() as f64 * 8.0).sum::<f64>();
         }
-        let kept = |t: &&PlannedTensor| t.name.contains(".layers.") && t.shape.len() == 2;
+        let transforms = self.dense.iter().filter(|t| t.name.contains(".transform."));
+        total += transforms.map(|t| t.bytes() as f64 * 8.0).sum::<f64>();
+        let kept = |t: &&PlannedTensor| t.name.ends_with("_proj.weight");
         for t in self.dense.iter().filter(kept) {
             weights += t.shape.iter().product::<usize>() as f64;
             codes += t.bytes() as f64 * 8.0;
@@ -180,6 +204,19 @@ fn settings_of(recipe: &Recipe, rounding: &dyn Rounding, tensor: &str) -> Option
     }
 }
 
+/// The last columns of a linear that have bits of their own: those that its site's quantizer has.
+fn tier_of(
+    recipe: &Recipe,
+    tensor: &str,
+    sites: &BTreeMap<String, SiteRecord>,
+) -> Option<(usize, u8)> {
+    let (layer, linear) = split_linear(tensor)?;
+    let site = SiteKind::of(linear)?.site()?;
+    let record = sites.get(&format!("model.layers.{layer}.{}", site.name()))?;
+    let high = record.quantizer.as_ref()?.segments.get(1)?.cols;
+    Some((high, recipe.high_bits))
+}
+
 /// Block index and name of a linear below its block.
 fn split_linear(tensor: &str) -> Option<(&str, &str)> {
     tensor.strip_prefix("model.layers.")?.strip_suffix(".weight")?.split_once('.')
@@ -192,9 +229,9 @@ fn norm_of(tensor: &str) -> Option<String> {
 }
 
 /// A matrix where it stands in the model: its norm may take up factors when all that the norm
-/// feeds is packed.
+/// feeds is packed, and nothing stands between.
 fn place(
-    recipe: &Recipe,
+    (recipe, sites): (&Recipe, &BTreeMap<String, SiteRecord>),
     rounding: &dyn Rounding,
     tensor: &str,
     (rows, cols): (usize, usize),
@@ -206,9 +243,14 @@ fn place(
         let full = |linear: &&str| format!("model.layers.{layer}.{linear}");
         kind.linears().iter().all(|linear| recipe.settings(&full(linear)).is_some())
     };
+    let free = |kind: SiteKind, layer: &str| {
+        let name = kind.site().map(|s| format!("model.layers.{layer}.{}", s.name()));
+        name.is_some_and(|name| !sites.contains_key(&name))
+    };
     let folds = match (kind, split_linear(&tensor)) {
         (Some(kind), Some((layer, _))) => {
-            rounding.folds() && kind.norm().is_some() && packed(kind, layer)
+            let norm = kind.norm().is_some();
+            rounding.folds() && norm && packed(kind, layer) && free(kind, layer)
         }
         _ => false,
     };

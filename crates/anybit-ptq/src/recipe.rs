@@ -21,28 +21,60 @@ use anybit_core::{GridSpec, ScaleFit};
 use anybit_io::nearest_name;
 use serde::{Deserialize, Serialize};
 
+use crate::activations::UNQUANTIZED;
+use crate::transforms::{self, ActivationDefaults, Transformer};
 use crate::{PtqError, Result, methods};
 
 /// What is wanted.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Recipe {
-    /// Name of the method: one of [`methods::names`].
+    /// Name of the method: one of [`methods::names`], or a transform, which stands for itself with
+    /// weights, activations and cache at 4 bits and weights rounded by GPTQ.
     pub method: String,
-    /// Bits of a weight, 1 to 8; a fraction for methods that allocate rows.
+    /// Name of the transform before rounding: one of [`transforms::names`], or `none`.
+    #[serde(skip_serializing_if = "is_none")]
+    pub transform: String,
+    /// Bits of a weight, 1 to 8; a fraction for methods that allocate rows; 16 leaves weights as
+    /// they are.
     pub bits: f64,
+    /// Bits of the inputs of linears, 2 to 8; 16 leaves them as they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub a_bits: Option<u8>,
+    /// Bits of keys and values in the cache, 2 to 8; 16 leaves them as they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_bits: Option<u8>,
+    /// Bits of the channels that a transform gathers most of the energy in.
+    #[serde(skip_serializing_if = "is_eight")]
+    pub high_bits: u8,
+    /// Symmetric grids for the inputs of linears; the transform's own way when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub a_symmetric: Option<bool>,
+    /// Factor of the range of the inputs of linears; the transform's own when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub a_clip: Option<f32>,
+    /// Factor of the range of keys and values; the transform's own when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_clip: Option<f32>,
+    /// Bits of the inputs at some sites, by pattern of their names (`*.down_input`).
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub sites: BTreeMap<String, u8>,
     /// What `bits` counts.
     #[serde(skip_serializing_if = "Count::is_codes")]
     pub count: Count,
     /// Most bytes of the weight files, everything in them counted; in the place of `bits`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bytes: Option<u64>,
-    /// Columns that share a scale, a multiple of 8; −1 for the whole row.
-    pub group_size: i64,
+    /// Columns that share a scale, a multiple of 8; −1 for the whole row. 128 when absent, the
+    /// whole row where activations are quantized too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<i64>,
     /// Symmetric grids; asymmetric ones store a zero point per group.
     pub symmetric: bool,
-    /// How a group's scale is fitted.
-    pub scale: ScaleFit,
+    /// How a group's scale is fitted: min-max when absent, by search behind a transform that has no
+    /// clips of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale: Option<ScaleFit>,
     /// GPTQ: round columns in order of falling activation energy. On by default: groups are
     /// static, so it costs nothing at run time.
     pub act_order: bool,
@@ -63,8 +95,19 @@ pub struct Recipe {
     /// Options of the method, by name.
     #[serde(skip_serializing_if = "toml::Table::is_empty")]
     pub options: toml::Table,
+    /// Options of the transform, by name.
+    #[serde(skip_serializing_if = "toml::Table::is_empty")]
+    pub transform_options: toml::Table,
     /// Settings of some linears, by pattern; later patterns (in alphabetical order) win.
     pub layers: BTreeMap<String, LayerOverride>,
+}
+
+fn is_none(transform: &String) -> bool {
+    transform == transforms::NONE
+}
+
+fn is_eight(bits: &u8) -> bool {
+    *bits == 8
 }
 
 /// What `bits` counts.
@@ -124,18 +167,38 @@ pub struct LinearSettings {
     pub act_order: bool,
     /// GPTQ's damping.
     pub damp: f64,
+    /// The last columns that have a grid of their own: how many, and their bits.
+    pub tier: Option<(usize, u8)>,
+}
+
+impl LinearSettings {
+    /// Grids of the column tiers of rows of `cols`, with their columns.
+    pub fn tiers(&self, cols: usize) -> Vec<(GridSpec, usize)> {
+        match self.tier {
+            None => vec![(self.grid, cols)],
+            Some((high, bits)) => vec![(self.grid, cols - high), (self.grid.with_bits(bits), high)],
+        }
+    }
 }
 
 impl Default for Recipe {
     fn default() -> Self {
         Self {
             method: "gptq".into(),
+            transform: transforms::NONE.into(),
             bits: 4.0,
+            a_bits: None,
+            kv_bits: None,
+            high_bits: 8,
+            a_symmetric: None,
+            a_clip: None,
+            kv_clip: None,
+            sites: BTreeMap::new(),
             count: Count::Codes,
             max_bytes: None,
-            group_size: 128,
+            group_size: None,
             symmetric: true,
-            scale: ScaleFit::MinMax,
+            scale: None,
             act_order: true,
             damp: 0.01,
             embed_bits: None,
@@ -144,6 +207,7 @@ impl Default for Recipe {
             seed: 0,
             calibration: CalibrationRecipe::default(),
             options: toml::Table::new(),
+            transform_options: toml::Table::new(),
             layers: BTreeMap::new(),
         }
     }
@@ -183,15 +247,14 @@ impl Recipe {
     /// The first value that is out of range, with what it may be.
     pub fn validate(&self) -> Result<()> {
         let fail = |what: String| Err(PtqError::Recipe(what));
-        if methods::find(&self.method).is_none() {
-            let names = methods::names();
-            let near = nearest_name(&self.method, names.iter().copied());
-            let list = names.join(", ");
-            return fail(format!("unknown method {:?}{near} (there are: {list})", self.method));
+        self.check_names()?;
+        let bits = self.bits;
+        if !(1.0..=8.0).contains(&bits) && bits != UNQUANTIZED as f64 {
+            return fail(format!(
+                "{bits} bits: weights take 1 to 8 bits, or 16 to stay as they are"
+            ));
         }
-        if !(1.0..=8.0).contains(&self.bits) {
-            return fail(format!("{} bits: weights take 1 to 8 bits", self.bits));
-        }
+        self.check_activations()?;
         let overrides = self.layers.values().map(|l| l.bits);
         for bits in [self.embed_bits, self.head_bits].into_iter().chain(overrides).flatten() {
             if !(1..=8).contains(&bits) {
@@ -205,7 +268,7 @@ impl Recipe {
             return fail("max_bytes and count are two goals; give one".into());
         }
         let groups = self.layers.values().filter_map(|l| l.group_size);
-        for g in std::iter::once(self.group_size).chain(groups) {
+        for g in self.group_size.into_iter().chain(groups) {
             if g != -1 && (g < 8 || g % 8 != 0) {
                 return fail(format!(
                     "group size {g}: use a multiple of 8, or -1 for one group per row"
@@ -231,6 +294,9 @@ impl Recipe {
             ));
         }
         let allocates = rounding.allocation().is_some();
+        if allocates && bits == UNQUANTIZED as f64 {
+            return fail(format!("{}: 16 bits leave nothing to allocate", self.method));
+        }
         if allocates && self.layers.values().any(|l| *l != LayerOverride::default()) {
             return fail(format!(
                 "{} gives each row a grid of its own: settings of layers do not apply; use skip \
@@ -241,26 +307,148 @@ impl Recipe {
         Ok(())
     }
 
+    fn check_names(&self) -> Result<()> {
+        let fail = |what: String| Err(PtqError::Recipe(what));
+        if self.preset().is_none() && methods::find(&self.method).is_none() {
+            let names = [methods::names(), transforms::names()].concat();
+            let near = nearest_name(&self.method, names.iter().copied());
+            let list = names.join(", ");
+            return fail(format!("unknown method {:?}{near} (there are: {list})", self.method));
+        }
+        let plain = self.transform == transforms::NONE;
+        if !plain && transforms::find(&self.transform).is_none() {
+            let names = [transforms::names(), vec![transforms::NONE]].concat();
+            let near = nearest_name(&self.transform, names.iter().copied());
+            let list = names.join(", ");
+            let name = &self.transform;
+            return fail(format!("unknown transform {name:?}{near} (there are: {list})"));
+        }
+        if self.preset().is_some() && !plain {
+            return fail(format!(
+                "method {} and transform {} are two transforms; give one, and a method that rounds",
+                self.method, self.transform
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_activations(&self) -> Result<()> {
+        let fail = |what: String| Err(PtqError::Recipe(what));
+        let bits = [self.a_bits, self.kv_bits].into_iter().flatten();
+        for bits in bits.chain(self.sites.values().copied()) {
+            if !(2..=8).contains(&bits) && bits != UNQUANTIZED {
+                return fail(format!(
+                    "{bits} bits: activations and cache take 2 to 8 bits, or 16 to stay as they are"
+                ));
+            }
+        }
+        if !(2..=8).contains(&self.high_bits) {
+            return fail(format!("high_bits is {}: 2 to 8", self.high_bits));
+        }
+        for clip in [self.a_clip, self.kv_clip].into_iter().flatten() {
+            if !(clip > 0.0 && clip <= 1.0) {
+                return fail(format!("a clip factor of {clip}: it lies in (0, 1]"));
+            }
+        }
+        if let Some(pattern) = self
+            .sites
+            .keys()
+            .find(|p| !p.contains("_input") && !p.contains("_output") && !p.contains('*'))
+        {
+            return fail(format!(
+                "sites: {pattern:?} names no site (names look like model.layers.0.down_input)"
+            ));
+        }
+        self.transformer()?;
+        Ok(())
+    }
+
+    /// The transform that the method's name stands for.
+    fn preset(&self) -> Option<&'static dyn transforms::TransformMethod> {
+        transforms::find(&self.method)
+    }
+
     /// The method with its options.
     ///
     /// # Errors
     /// An unknown method, or a setting or option that it cannot use.
     pub fn rounding(&self) -> Result<Box<dyn methods::Rounding>> {
-        let method = methods::find(&self.method)
+        let weights = self.bits != UNQUANTIZED as f64;
+        let name = match self.preset() {
+            _ if !weights => "rtn",
+            Some(_) => "gptq",
+            None => &self.method,
+        };
+        let method = methods::find(name)
             .ok_or_else(|| PtqError::Recipe(format!("unknown method {}", self.method)))?;
         method.build(self).map_err(PtqError::Recipe)
     }
 
-    /// The recipe with the method's options filled in.
+    /// The transform with its options; none when there is none.
     ///
     /// # Errors
-    /// As [`Self::rounding`].
-    pub fn resolved(&self) -> Result<Self> {
-        let options = self.rounding()?.options();
-        Ok(Self { options, ..self.clone() })
+    /// An unknown transform, or a setting or option that it cannot use.
+    pub fn transformer(&self) -> Result<Option<Box<dyn Transformer>>> {
+        let method = self.preset().or_else(|| transforms::find(&self.transform));
+        method.map(|m| m.build(self).map_err(PtqError::Recipe)).transpose()
     }
 
-    /// Parses `KEY=VALUE` of `--set` into the method's options.
+    /// The recipe with everything filled in that methods, transforms and presets imply.
+    ///
+    /// # Errors
+    /// As [`Self::rounding`] and [`Self::transformer`].
+    pub fn resolved(&self) -> Result<Self> {
+        let mut recipe = self.clone();
+        let transformer = self.transformer()?;
+        let default_bits = if self.preset().is_some() { 4 } else { UNQUANTIZED };
+        recipe.a_bits = Some(self.a_bits.unwrap_or(default_bits));
+        recipe.kv_bits = Some(self.kv_bits.unwrap_or(default_bits));
+        let quantizes = recipe.a_bits != Some(UNQUANTIZED) || !self.sites.is_empty();
+        let group = if quantizes { -1 } else { 128 };
+        recipe.group_size = Some(self.group_size.unwrap_or(group));
+        let defaults =
+            transformer.as_ref().map_or(ActivationDefaults::default(), |t| t.activations());
+        recipe.scale = Some(self.scale.unwrap_or(defaults.scale));
+        if quantizes {
+            recipe.a_symmetric = Some(self.a_symmetric.unwrap_or(defaults.symmetric));
+            recipe.a_clip = Some(self.a_clip.unwrap_or(defaults.clip));
+        }
+        if recipe.kv_bits != Some(UNQUANTIZED) {
+            recipe.kv_clip = Some(self.kv_clip.unwrap_or(defaults.kv_clip));
+        }
+        if let Some(transformer) = transformer {
+            recipe.transform_options = transformer.options();
+        }
+        recipe.options = self.rounding()?.options();
+        if self.preset().is_some() {
+            recipe.transform.clone_from(&self.method);
+            recipe.method = "gptq".into();
+        }
+        if self.bits == UNQUANTIZED as f64 {
+            recipe.method = "rtn".into();
+        }
+        Ok(recipe)
+    }
+
+    /// Bits of the cache.
+    pub fn kv_bits(&self) -> u8 {
+        self.kv_bits.unwrap_or(UNQUANTIZED)
+    }
+
+    /// Bits of the input at the site `name`.
+    pub fn a_bits_of(&self, name: &str) -> u8 {
+        let own = self.sites.iter().rfind(|(pattern, _)| matches(pattern, name));
+        own.map(|(_, bits)| *bits).or(self.a_bits).unwrap_or(UNQUANTIZED)
+    }
+
+    /// Whether activations or cache are quantized.
+    pub fn quantizes_activations(&self) -> bool {
+        let some = |bits: Option<u8>| bits.is_some_and(|b| b != UNQUANTIZED);
+        some(self.a_bits) || some(self.kv_bits) || !self.sites.is_empty()
+    }
+
+    /// Parses `KEY=VALUE` of `--set` into the method's options, `transform.KEY=VALUE` into those of
+    /// the transform.
     ///
     /// # Errors
     /// No `=`, or a value that is no TOML value.
@@ -272,7 +460,10 @@ impl Recipe {
         // A bare word is a name.
         let parsed = value.parse::<toml::Value>();
         let value = parsed.unwrap_or_else(|_| toml::Value::String(value.into()));
-        self.options.insert(key.trim().to_string(), value);
+        match key.trim().strip_prefix("transform.") {
+            Some(key) => self.transform_options.insert(key.to_string(), value),
+            None => self.options.insert(key.trim().to_string(), value),
+        };
         Ok(())
     }
 
@@ -290,11 +481,13 @@ impl Recipe {
 
     /// Settings of the linear `name` (without `.weight`), or `None` when it is skipped.
     pub fn settings(&self, name: &str) -> Option<LinearSettings> {
-        if self.skip.iter().any(|p| matches(p, name)) {
+        let own = self.layers.iter().any(|(p, o)| o.bits.is_some() && matches(p, name));
+        let unquantized = self.bits == UNQUANTIZED as f64 && !own;
+        if unquantized || self.skip.iter().any(|p| matches(p, name)) {
             return None;
         }
         let (mut bits, mut group, mut symmetric) =
-            (self.bits.round() as u8, self.group_size, self.symmetric);
+            (self.bits.round() as u8, self.group(), self.symmetric);
         for (_, o) in self.layers.iter().filter(|(p, _)| matches(p, name)) {
             bits = o.bits.unwrap_or(bits);
             group = o.group_size.unwrap_or(group);
@@ -305,17 +498,36 @@ impl Recipe {
 
     /// Settings of embedding or head at `bits`.
     pub fn settings_at(&self, bits: u8) -> LinearSettings {
-        self.with_grid(bits, self.group_size, self.symmetric)
+        self.with_grid(bits, self.group(), self.symmetric)
     }
 
     fn with_grid(&self, bits: u8, group: i64, symmetric: bool) -> LinearSettings {
         let group = usize::try_from(group).ok();
         LinearSettings {
             grid: GridSpec::affine(bits, symmetric, group),
-            scale: self.scale,
+            scale: self.scale.unwrap_or_default(),
             act_order: self.act_order,
             damp: self.damp,
+            tier: None,
         }
+    }
+
+    /// Columns that share a scale; −1 for the whole row.
+    pub fn group(&self) -> i64 {
+        self.group_size.unwrap_or(128)
+    }
+
+    /// Parses `PATTERN=BITS` of `--site`.
+    ///
+    /// # Errors
+    /// Anything else.
+    pub fn add_site(&mut self, text: &str) -> Result<()> {
+        let parsed = text.split_once('=').and_then(|(p, b)| Some((p, b.trim().parse().ok()?)));
+        let Some((pattern, bits)) = parsed else {
+            return Err(PtqError::Recipe(format!("--site {text}: expected PATTERN=BITS")));
+        };
+        self.sites.insert(pattern.to_string(), bits);
+        Ok(())
     }
 
     /// Parses `PATTERN=bits:3,group_size:64,symmetric:false` of `--layer`.
@@ -420,7 +632,7 @@ mod tests {
         for bad in ["x", "a=bits:x", "a=bit:3"] {
             assert!(recipe.add_layer(bad).is_err(), "{bad}");
         }
-        recipe.group_size = 100;
+        recipe.group_size = Some(100);
         assert!(recipe.validate().is_err());
     }
 }

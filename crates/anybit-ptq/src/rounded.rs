@@ -1,9 +1,10 @@
 //! A site rounded by a method: packed matrices with what was measured of them, and the weights
 //! that the block computes with from then on.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anybit_core::{Gram, Matrix, QuantizedMatrix};
+use anybit_core::{Gram, GridSpec, Matrix, QuantizedMatrix};
 use anybit_io::native::{fold_factors, relative_error, scale_columns, squared_norm};
 use anybit_runtime::DecoderLayer;
 
@@ -55,7 +56,7 @@ impl RoundedSite {
     /// A tensor that is no linear of a block.
     pub fn install(&mut self, layer: &mut DecoderLayer) -> Result<()> {
         for (rounded, decoded) in self.rounded.iter().zip(self.decoded.drain(..)) {
-            linear_of(layer, &rounded.tensor)?.weight = Arc::new(decoded);
+            linear_of(layer, &rounded.tensor)?.set_weight(Arc::new(decoded));
         }
         if let (Some(norm), Some(kind)) = (&self.norm, self.kind) {
             match kind {
@@ -71,6 +72,23 @@ impl RoundedSite {
 pub struct SiteWeights<'a> {
     planned: Vec<(&'static str, &'a PlannedMatrix)>,
     originals: Vec<Matrix>,
+    /// What is rounded in the place of an original: it with its rows clipped.
+    clipped: Vec<Option<Matrix>>,
+}
+
+/// Clip factors of the rows of a block's linears, `[rows, 2]`, by name below `model.layers.N.`:
+/// of the largest and of the smallest weight of a row.
+pub type Clips = BTreeMap<String, Matrix>;
+
+/// Clips every row to its range.
+fn clip_rows(weights: &Matrix, clips: &Matrix) -> Matrix {
+    let mut clipped = weights.clone();
+    let rows = clipped.data.chunks_exact_mut(weights.cols.max(1));
+    for (row, clip) in rows.zip(clips.data.chunks_exact(2)) {
+        let (lo, hi) = row.iter().fold((0f32, 0f32), |(lo, hi), w| (lo.min(*w), hi.max(*w)));
+        row.iter_mut().for_each(|w| *w = w.clamp(lo * clip[1], hi * clip[0]));
+    }
+    clipped
 }
 
 impl<'a> SiteWeights<'a> {
@@ -83,15 +101,24 @@ impl<'a> SiteWeights<'a> {
         index: usize,
         kind: SiteKind,
         layer: &mut DecoderLayer,
+        clips: &Clips,
     ) -> Result<Self> {
-        let (mut planned, mut originals) = (Vec::new(), Vec::new());
+        let (mut planned, mut originals, mut clipped) = (Vec::new(), Vec::new(), Vec::new());
         for name in kind.linears() {
             let tensor = format!("model.layers.{index}.{name}.weight");
             let Some(matrix) = plan.matrix(&tensor) else { continue };
-            originals.push(Matrix::from_rows(&*linear_of(layer, &tensor)?.weight));
+            let original = Matrix::from_rows(&*linear_of(layer, &tensor)?.weight);
+            // Clips were fitted for grids that end at the extremes.
+            let affine = matches!(
+                matrix.layout.planes[0].0,
+                GridSpec::Uniform { .. } | GridSpec::HalfInteger { .. }
+            );
+            let clip = clips.get(*name).filter(|_| affine);
+            clipped.push(clip.map(|clip| clip_rows(&original, clip)));
+            originals.push(original);
             planned.push((*name, matrix));
         }
-        Ok(Self { planned, originals })
+        Ok(Self { planned, originals, clipped })
     }
 
     /// Whether nothing of the site is planned.
@@ -111,8 +138,10 @@ impl<'a> SiteWeights<'a> {
         statistics: &'b Statistics,
         sensitivity: Option<&'b BlockSensitivity>,
     ) -> Site<'b> {
+        let targets = self.originals.iter().zip(&self.clipped);
+        let targets = targets.map(|(original, clipped)| clipped.as_ref().unwrap_or(original));
         let linears =
-            self.planned.iter().zip(&self.originals).map(|((name, planned), weights)| SiteLinear {
+            self.planned.iter().zip(targets).map(|((name, planned), weights)| SiteLinear {
                 name,
                 weights,
                 settings: planned.settings,
@@ -140,9 +169,9 @@ pub fn round_site(
     (plan, index, kind): (&Plan, usize, SiteKind),
     layer: &mut DecoderLayer,
     statistics: &Statistics,
-    sensitivity: Option<&BlockSensitivity>,
+    (sensitivity, clips): (Option<&BlockSensitivity>, &Clips),
 ) -> Result<RoundedSite> {
-    let weights = SiteWeights::read(plan, index, kind, layer)?;
+    let weights = SiteWeights::read(plan, index, kind, layer, clips)?;
     if weights.is_empty() {
         return Ok(RoundedSite::default());
     }

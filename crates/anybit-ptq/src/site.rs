@@ -42,6 +42,18 @@ impl SiteKind {
         }
     }
 
+    /// The site before these linears, where activations are transformed and quantized.
+    pub fn site(self) -> Option<anybit_core::Site> {
+        use anybit_core::Site;
+        match self {
+            Self::AttnInput => Some(Site::AttnInput),
+            Self::AttnOutput => Some(Site::AttnOutput),
+            Self::MlpInput => Some(Site::MlpInput),
+            Self::DownInput => Some(Site::DownInput),
+            Self::Embedding | Self::Head => None,
+        }
+    }
+
     /// The norm whose output this is, below `model.layers.N.`: factors of its channels can be
     /// folded into its weight.
     pub fn norm(self) -> Option<&'static str> {
@@ -85,6 +97,8 @@ pub struct Needs {
     pub vocabulary: bool,
     /// Whose hidden states.
     pub inputs: Inputs,
+    /// Whether it rounds column tiers with bits of their own.
+    pub tiers: bool,
 }
 
 impl Needs {

@@ -11,13 +11,15 @@
 //! their place: then the later sites see inputs of the quantized block, which is true sequential
 //! order. A callback that only looks leaves the stream that of the original model.
 //!
+//! What is observed is what the linears will see: transformed and quantized as the runtime does it.
+//!
 //! The product of gate and up is computed twice, once to observe it and once to pass it on:
 //! storing it would take more memory than everything else together.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use anybit_core::{Gram, Matrix};
+use anybit_core::{Gram, Matrix, Site};
 use anybit_runtime::DecoderLayer;
 
 use crate::Result;
@@ -55,6 +57,7 @@ pub fn walk_block(
         for x in stream.sequences() {
             let normed = &mut normed[..x.len()];
             layer.attention_input(x, normed);
+            layer.fake_quantize(Site::AttnInput, normed);
             seen.add(normed);
         }
     }
@@ -66,7 +69,12 @@ pub fn walk_block(
         let normed = &mut normed[..x.len()];
         layer.attention_input(x, normed);
         layer.attention_mix(normed, 0, rope, kv, buffers, attended);
-        seen.add(attended);
+        if seen.looks() {
+            let copy = &mut mixed[..attended.len()];
+            copy.copy_from_slice(attended);
+            layer.fake_quantize(Site::AttnOutput, copy);
+            seen.add(copy);
+        }
     }
     on_site(layer, SiteKind::AttnOutput, seen.finish())?;
 
@@ -76,6 +84,7 @@ pub fn walk_block(
         if seen.looks() {
             let normed = &mut normed[..x.len()];
             layer.mlp_input(x, normed);
+            layer.fake_quantize(Site::MlpInput, normed);
             seen.add(normed);
         }
     }
@@ -90,6 +99,7 @@ pub fn walk_block(
             let normed = &mut normed[..x.len()];
             layer.mlp_input(x, normed);
             layer.mlp_mix(normed, buffers, product);
+            layer.fake_quantize(Site::DownInput, product);
             seen.add(product);
         }
     }

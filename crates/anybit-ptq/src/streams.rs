@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::path::Path;
 
-use anybit_core::RowSource;
+use anybit_core::{BlockSites, RowSource};
 use anybit_io::{IoError, ModelConfig};
 use anybit_kernels::RopeTable;
 use anybit_runtime::{DecoderLayer, LayerBuffers, LayerKv};
@@ -102,7 +102,7 @@ impl Mover {
     pub fn new(config: &ModelConfig, seqlen: usize) -> Self {
         Self {
             rope: RopeTable::new(config.rope_frequencies(), seqlen),
-            kv: LayerKv::new(config, seqlen),
+            kv: LayerKv::new(config, seqlen, &BlockSites::default()),
             buffers: LayerBuffers::default(),
             normed: vec![0.0; seqlen * config.hidden_size],
             mixed: vec![0.0; seqlen * config.q_size().max(config.intermediate_size)],

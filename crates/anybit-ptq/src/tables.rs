@@ -13,7 +13,7 @@ use crate::cache::Cache;
 use crate::layout::MatrixLayout;
 use crate::methods::Rounding;
 use crate::plan::{EMBEDDING, HEAD};
-use crate::rounded::SiteWeights;
+use crate::rounded::{Clips, SiteWeights};
 use crate::sensitivity::{Sensitivity, VocabStatistics};
 use crate::site::{Site, SiteError, SiteKind};
 use crate::stages::walk_block;
@@ -135,7 +135,7 @@ pub fn tabulate(
             mover,
             (rounding.needs(), tokens),
             &mut |layer, kind, statistics| {
-                let weights = SiteWeights::read(plan, index, kind, layer)?;
+                let weights = SiteWeights::read(plan, index, kind, layer, &Clips::new())?;
                 if weights.is_empty() {
                     return Ok(());
                 }

@@ -48,7 +48,7 @@ impl Decoder {
         let embedding: Arc<dyn RowSource> =
             Arc::new(checkpoint.weight("model.embed_tokens.weight")?);
         let head = match config.tie_embeddings {
-            true => Linear { weight: embedding.clone(), bias: None },
+            true => Linear::new(embedding.clone(), None),
             false => Linear::load(checkpoint, "lm_head", false)?,
         };
         let rope = RopeTable::new(config.rope_frequencies(), positions);

@@ -1,34 +1,52 @@
-//! The key and value cache, `[layers][kv_heads, capacity, head_dim]` in f32.
+//! The key and value cache, `[layers][kv_heads, capacity, head_dim]`: f32, or packed as the
+//! quantizers at the sites `key` and `value` say.
 
+use anybit_core::{BlockSites, Site};
 use anybit_io::ModelConfig;
+use anybit_kernels::KvRows;
+
+use crate::Decoder;
 
 /// Keys and values of one layer.
 #[derive(Debug, Clone)]
 pub struct LayerKv {
-    /// Keys after rotation, `[kv_heads, capacity, head_dim]`.
-    pub keys: Vec<f32>,
+    /// Keys after rotation and transform, `[kv_heads, capacity, head_dim]`.
+    pub keys: KvRows,
     /// Values, likewise.
-    pub values: Vec<f32>,
+    pub values: KvRows,
     /// Positions allocated.
     pub capacity: usize,
+    kv_heads: usize,
     head_dim: usize,
 }
 
 impl LayerKv {
-    /// Room for `capacity` positions.
-    pub fn new(config: &ModelConfig, capacity: usize) -> Self {
-        let len = config.kv_size() * capacity;
-        let (keys, values) = (vec![0.0; len], vec![0.0; len]);
-        Self { keys, values, capacity, head_dim: config.head_dim }
+    /// Room for `capacity` positions of a block with these sites.
+    pub fn new(config: &ModelConfig, capacity: usize, sites: &BlockSites) -> Self {
+        let (kv_heads, head_dim) = (config.num_kv_heads, config.head_dim);
+        let rows = |site| KvRows::new(kv_heads * capacity, head_dim, sites.quantizer(site));
+        Self { keys: rows(Site::Key), values: rows(Site::Value), capacity, kv_heads, head_dim }
+    }
+
+    /// Makes it hold what a block with these sites stores; what it held is lost where the packing
+    /// differs.
+    pub fn prepare(&mut self, sites: &BlockSites) {
+        let rows = self.kv_heads * self.capacity;
+        for (site, held) in [(Site::Key, &mut self.keys), (Site::Value, &mut self.values)] {
+            let quantizer = sites.quantizer(site);
+            if !held.fits(quantizer) {
+                *held = KvRows::new(rows, self.head_dim, quantizer);
+            }
+            held.set_quantizer(quantizer);
+        }
     }
 
     /// Stores one token's keys and values, each `[kv_heads, head_dim]`.
     pub fn store(&mut self, position: usize, key: &[f32], value: &[f32]) {
         let d = self.head_dim;
         for (head, (k, v)) in key.chunks_exact(d).zip(value.chunks_exact(d)).enumerate() {
-            let at = (head * self.capacity + position) * d;
-            self.keys[at..at + d].copy_from_slice(k);
-            self.values[at..at + d].copy_from_slice(v);
+            self.keys.store(head * self.capacity + position, k);
+            self.values.store(head * self.capacity + position, v);
         }
     }
 }
@@ -46,8 +64,9 @@ pub struct KvCache {
 
 impl KvCache {
     /// Room for `capacity` positions in every layer.
-    pub fn new(config: &ModelConfig, capacity: usize) -> Self {
-        let layers = (0..config.num_layers).map(|_| LayerKv::new(config, capacity)).collect();
+    pub fn new(decoder: &Decoder, capacity: usize) -> Self {
+        let layers = decoder.layers.iter();
+        let layers = layers.map(|l| LayerKv::new(&decoder.config, capacity, &l.sites)).collect();
         Self { layers, len: 0, capacity }
     }
 
@@ -58,6 +77,6 @@ impl KvCache {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.layers.iter().map(|l| (l.keys.len() + l.values.len()) * 4).sum()
+        self.layers.iter().map(|l| l.keys.bytes() + l.values.bytes()).sum()
     }
 }

@@ -8,12 +8,19 @@
 //! n = mlp_mix(b)              DownInput   → down
 //! x += mlp_output(n)
 //! ```
+//!
+//! What flows into linears has gone through its site's online transform; the quantizer stands
+//! directly before the linears, so a shared input is quantized once. Packed affine weights then
+//! multiply in integers; all others see the values that the codes stand for.
 
 use std::sync::Arc;
 
-use anybit_core::RowSource;
-use anybit_io::Checkpoint;
-use anybit_kernels::{AttentionShape, RopeTable, attention, linear, rms_norm, swiglu};
+use anybit_core::{BlockSites, RowSource, Site, SiteState};
+use anybit_io::{Checkpoint, Weight};
+use anybit_kernels::{
+    AttentionShape, IntegerWeight, QuantizedRows, RopeTable, attention, fake_rows, linear,
+    quantize_rows, rms_norm, swiglu, transform_rows,
+};
 
 use crate::{LayerKv, Result};
 
@@ -24,6 +31,8 @@ pub struct Linear {
     pub weight: Arc<dyn RowSource>,
     /// The bias, `[out]`.
     pub bias: Option<Vec<f32>>,
+    /// The weight for products with quantized inputs, where it is packed on affine grids.
+    integer: Option<Arc<IntegerWeight>>,
 }
 
 impl Linear {
@@ -32,9 +41,51 @@ impl Linear {
     /// # Errors
     /// What the checkpoint reports.
     pub fn load(checkpoint: &Checkpoint, name: &str, bias: bool) -> Result<Self> {
-        let weight = Arc::new(checkpoint.weight(&format!("{name}.weight"))?);
+        Self::load_at(checkpoint, name, bias, &SiteState::default())
+    }
+
+    /// [`Self::load`] behind a site: with a quantizer there, packed weights multiply in integers.
+    fn load_at(checkpoint: &Checkpoint, name: &str, bias: bool, site: &SiteState) -> Result<Self> {
+        let weight = checkpoint.weight(&format!("{name}.weight"))?;
+        let integer = match (&weight, &site.quantizer) {
+            (Weight::Quantized(matrix), Some(quantizer)) => {
+                IntegerWeight::new(matrix, &quantizer.widths()).map(Arc::new)
+            }
+            _ => None,
+        };
         let bias = bias.then(|| checkpoint.vector(&format!("{name}.bias"))).transpose()?;
-        Ok(Self { weight, bias })
+        Ok(Self { weight: Arc::new(weight), bias, integer })
+    }
+
+    /// A linear of these parts.
+    pub fn new(weight: Arc<dyn RowSource>, bias: Option<Vec<f32>>) -> Self {
+        Self { weight, bias, integer: None }
+    }
+
+    /// Puts another weight of the same shape in place.
+    pub fn set_weight(&mut self, weight: Arc<dyn RowSource>) {
+        self.weight = weight;
+        self.integer = None;
+    }
+
+    /// Whether products with quantized inputs are taken in integers.
+    pub fn is_integer(&self) -> bool {
+        self.integer.is_some()
+    }
+
+    /// Takes products with the values that codes stand for, in f32, from here on.
+    pub fn without_integers(&mut self) {
+        self.integer = None;
+    }
+
+    fn forward_site(&self, input: &SiteInput<'_>, y: &mut [f32]) {
+        match (input, &self.integer) {
+            (SiteInput::Codes(codes), Some(weight)) => {
+                weight.forward(codes, self.bias.as_deref(), y);
+            }
+            (SiteInput::Values(x), _) => self.forward(x, y),
+            (SiteInput::Codes(_), None) => unreachable!("codes are made for integer weights alone"),
+        }
     }
 
     /// Applies it to `x`, `[tokens, in]`.
@@ -51,11 +102,45 @@ impl Linear {
 /// Intermediate values of one layer for a chunk of tokens; grown once, reused for every layer.
 #[derive(Debug, Clone, Default)]
 pub struct LayerBuffers {
+    input: InputBuffers,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
     up: Vec<f32>,
     out: Vec<f32>,
+}
+
+/// A site's input as its linears take it.
+#[derive(Debug, Clone, Default)]
+struct InputBuffers {
+    values: Vec<f32>,
+    codes: QuantizedRows,
+}
+
+/// What linears multiply with.
+enum SiteInput<'a> {
+    Values(&'a [f32]),
+    Codes(&'a QuantizedRows),
+}
+
+impl InputBuffers {
+    /// Quantizes `x` once for all `linears` of a site.
+    fn quantize<'a>(
+        &'a mut self,
+        site: &SiteState,
+        linears: &[&Linear],
+        x: &'a [f32],
+    ) -> SiteInput<'a> {
+        let Some(quantizer) = &site.quantizer else { return SiteInput::Values(x) };
+        if linears.iter().all(|l| l.integer.is_some()) {
+            quantize_rows(quantizer, x, &mut self.codes);
+            return SiteInput::Codes(&self.codes);
+        }
+        let values = sized(&mut self.values, x.len());
+        values.copy_from_slice(x);
+        fake_rows(quantizer, values);
+        SiteInput::Values(values)
+    }
 }
 
 fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
@@ -88,6 +173,8 @@ pub struct DecoderLayer {
     pub up: Linear,
     /// MLP down-projection.
     pub down: Linear,
+    /// Online transforms and quantizers.
+    pub sites: BlockSites,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -103,8 +190,11 @@ impl DecoderLayer {
     pub fn load(checkpoint: &Checkpoint, index: usize) -> Result<Self> {
         let config = &checkpoint.config;
         let p = format!("model.layers.{index}");
-        let linear =
-            |name: &str| Linear::load(checkpoint, &format!("{p}.{name}"), config.has_bias(name));
+        let sites = checkpoint.block_sites(index)?;
+        let linear = |site: Site, name: &str| {
+            let full = format!("{p}.{name}");
+            Linear::load_at(checkpoint, &full, config.has_bias(name), sites.at(site))
+        };
         let norm = |name: &str| checkpoint.vector(&format!("{p}.{name}.weight"));
         let qk_norm = match config.qk_norm {
             true => Some((norm("self_attn.q_norm")?, norm("self_attn.k_norm")?)),
@@ -112,15 +202,16 @@ impl DecoderLayer {
         };
         Ok(Self {
             attention_norm: norm("input_layernorm")?,
-            q: linear("self_attn.q_proj")?,
-            k: linear("self_attn.k_proj")?,
-            v: linear("self_attn.v_proj")?,
-            o: linear("self_attn.o_proj")?,
+            q: linear(Site::AttnInput, "self_attn.q_proj")?,
+            k: linear(Site::AttnInput, "self_attn.k_proj")?,
+            v: linear(Site::AttnInput, "self_attn.v_proj")?,
+            o: linear(Site::AttnOutput, "self_attn.o_proj")?,
             qk_norm,
             mlp_norm: norm("post_attention_layernorm")?,
-            gate: linear("mlp.gate_proj")?,
-            up: linear("mlp.up_proj")?,
-            down: linear("mlp.down_proj")?,
+            gate: linear(Site::MlpInput, "mlp.gate_proj")?,
+            up: linear(Site::MlpInput, "mlp.up_proj")?,
+            down: linear(Site::DownInput, "mlp.down_proj")?,
+            sites,
             heads: config.num_heads,
             kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
@@ -143,9 +234,24 @@ impl DecoderLayer {
         }
     }
 
-    /// Normalizes the residual stream `x` for q, k and v.
+    /// Applies the online transform of `site` to rows of `x`.
+    fn transform(&self, site: Site, x: &mut [f32]) {
+        if let Some(transform) = self.sites.transform(site) {
+            transform_rows(transform, x);
+        }
+    }
+
+    /// Replaces the input of `site`'s linears by the values that they will see.
+    pub fn fake_quantize(&self, site: Site, x: &mut [f32]) {
+        if let Some(quantizer) = self.sites.quantizer(site) {
+            fake_rows(quantizer, x);
+        }
+    }
+
+    /// Normalizes the residual stream `x` for q, k and v, and transforms it.
     pub fn attention_input(&self, x: &[f32], out: &mut [f32]) {
         rms_norm(x, &self.attention_norm, self.eps, out);
+        self.transform(Site::AttnInput, out);
     }
 
     /// Projects, rotates, stores keys and values from position `start` on, and attends:
@@ -164,15 +270,13 @@ impl DecoderLayer {
         let q = sized(&mut buffers.q, tokens * q_size);
         let k = sized(&mut buffers.k, tokens * kv_size);
         let v = sized(&mut buffers.v, tokens * kv_size);
-        self.q.forward(input, q);
-        self.k.forward(input, k);
-        self.v.forward(input, v);
-        for (t, ((q, k), v)) in q
-            .chunks_exact_mut(q_size)
-            .zip(k.chunks_exact_mut(kv_size))
-            .zip(v.chunks_exact(kv_size))
-            .enumerate()
-        {
+        let linears = [&self.q, &self.k, &self.v];
+        let input = buffers.input.quantize(self.sites.at(Site::AttnInput), &linears, input);
+        self.q.forward_site(&input, q);
+        self.k.forward_site(&input, k);
+        self.v.forward_site(&input, v);
+        let heads = q.chunks_exact_mut(q_size).zip(k.chunks_exact_mut(kv_size));
+        for (t, (q, k)) in heads.enumerate() {
             if let Some((q_norm, k_norm)) = &self.qk_norm {
                 let heads = q.chunks_exact_mut(self.head_dim);
                 heads.for_each(|h| anybit_kernels::norm::rms_norm_row(h, q_norm, self.eps));
@@ -181,6 +285,11 @@ impl DecoderLayer {
             }
             rope.rotate(q, start + t);
             rope.rotate(k, start + t);
+        }
+        self.transform(Site::Query, q);
+        self.transform(Site::Key, k);
+        kv.prepare(&self.sites);
+        for (t, (k, v)) in k.chunks_exact(kv_size).zip(v.chunks_exact(kv_size)).enumerate() {
             kv.store(start + t, k, v);
         }
         let shape = AttentionShape {
@@ -192,34 +301,46 @@ impl DecoderLayer {
             window: self.window,
         };
         attention(q, &kv.keys, &kv.values, shape, out);
+        self.transform(Site::AttnOutput, out);
     }
 
     /// Adds the attention output to the residual stream.
     pub fn attention_output(&self, mixed: &[f32], buffers: &mut LayerBuffers, x: &mut [f32]) {
-        add_linear(&self.o, mixed, buffers, x);
+        self.add_linear(Site::AttnOutput, &self.o, mixed, buffers, x);
     }
 
-    /// Normalizes the residual stream `x` for gate and up.
+    /// Normalizes the residual stream `x` for gate and up, and transforms it.
     pub fn mlp_input(&self, x: &[f32], out: &mut [f32]) {
         rms_norm(x, &self.mlp_norm, self.eps, out);
+        self.transform(Site::MlpInput, out);
     }
 
-    /// `silu(gate(b)) · up(b)`: `[tokens, hidden]` to `[tokens, intermediate]`.
+    /// `silu(gate(b)) · up(b)`, transformed: `[tokens, hidden]` to `[tokens, intermediate]`.
     pub fn mlp_mix(&self, input: &[f32], buffers: &mut LayerBuffers, out: &mut [f32]) {
         let up = sized(&mut buffers.up, out.len());
-        self.gate.forward(input, out);
-        self.up.forward(input, up);
+        let linears = [&self.gate, &self.up];
+        let input = buffers.input.quantize(self.sites.at(Site::MlpInput), &linears, input);
+        self.gate.forward_site(&input, out);
+        self.up.forward_site(&input, up);
         swiglu(out, up);
+        self.transform(Site::DownInput, out);
     }
 
     /// Adds the MLP output to the residual stream.
     pub fn mlp_output(&self, mixed: &[f32], buffers: &mut LayerBuffers, x: &mut [f32]) {
-        add_linear(&self.down, mixed, buffers, x);
+        self.add_linear(Site::DownInput, &self.down, mixed, buffers, x);
     }
-}
 
-fn add_linear(linear: &Linear, input: &[f32], buffers: &mut LayerBuffers, x: &mut [f32]) {
-    let out = sized(&mut buffers.out, x.len());
-    linear.forward(input, out);
-    x.iter_mut().zip(out).for_each(|(x, o)| *x += *o);
+    fn add_linear(
+        &self,
+        site: Site,
+        linear: &Linear,
+        input: &[f32],
+        buffers: &mut LayerBuffers,
+        x: &mut [f32],
+    ) {
+        let out = sized(&mut buffers.out, x.len());
+        linear.forward_site(&buffers.input.quantize(self.sites.at(site), &[linear], input), out);
+        x.iter_mut().zip(out).for_each(|(x, o)| *x += *o);
+    }
 }

@@ -17,7 +17,7 @@ impl<'a> Session<'a> {
     pub fn new(decoder: &'a Decoder, capacity: usize) -> Self {
         Self {
             decoder,
-            kv: KvCache::new(&decoder.config, capacity),
+            kv: KvCache::new(decoder, capacity),
             buffers: Buffers::default(),
             hidden: Vec::new(),
             logits: vec![0.0; decoder.config.vocab_size],

@@ -80,7 +80,7 @@ fn same_tokens(checkpoints: &[Checkpoint], text: &str) -> Result<Vec<u32>> {
     Ok(tokenizer.encode(text, true)?)
 }
 
-/// Bits per weight of the blocks' linears: (codes, everything stored).
+/// Bits per weight of the blocks' linears: (codes, everything stored, transforms included).
 ///
 /// # Errors
 /// A tensor that cannot be read.
@@ -103,6 +103,10 @@ pub fn bits_per_weight(checkpoint: &Checkpoint) -> Result<(f64, f64)> {
             codes += code_bits;
             total += stored_bits;
         }
+    }
+    let sites = checkpoint.manifest().map(|m| &m.sites).into_iter().flatten();
+    for (name, record) in sites {
+        total += record.parts(name).iter().map(|p| p.bytes() as f64 * 8.0).sum::<f64>();
     }
     Ok((codes / weights, total / weights))
 }

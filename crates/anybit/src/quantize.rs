@@ -2,13 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use anybit_eval::report::{BlockRow, CitationRow, MatrixRow, Quality, Report};
+use anybit_core::TransformSpec;
+use anybit_eval::report::{ActivationRow, BlockRow, CitationRow, MatrixRow, Quality, Report};
 use anybit_eval::{BUILTIN_TEXT, Convention, HiddenStates, compare_hidden, read_text};
 use anybit_io::atomic::write_bytes;
 use anybit_io::native::Manifest;
 use anybit_io::{Checkpoint, Weight};
-use anybit_ptq::methods::{self, Method};
-use anybit_ptq::{Calibration, Event, Plan, QuantizeOptions, Quantized, Recipe};
+use anybit_ptq::methods::{self, Citation};
+use anybit_ptq::{
+    Calibration, Event, Plan, QuantizeOptions, Quantized, Recipe, cache_folder, final_states,
+    transforms,
+};
 
 use crate::{Error, Result};
 
@@ -69,9 +73,22 @@ pub fn run(
 ) -> Result<Outcome> {
     refuse_self(&checkpoint.path, &options.out)?;
     anybit_io::atomic::check_absent(&options.out, options.force)?;
-    let plan = Plan::new(checkpoint, recipe, Some(&options.out))?;
+    let early = Plan::new(checkpoint, recipe, Some(&options.out))?;
+    if !early.problems.is_empty() {
+        return Err(anybit_ptq::PtqError::Recipe(early.problems.join("\n")).into());
+    }
     let calibration = calibrate(checkpoint, recipe)?;
     let (text_name, monitor) = monitor_windows(checkpoint, options)?;
+    let root = cache_folder(options.cache.as_deref(), &options.out);
+    let transformed = transforms::prepare(checkpoint, recipe, &calibration, &root, &mut *observe)?;
+    let (model, plan, preserved) = match &transformed {
+        None => (checkpoint, early, None),
+        Some(t) => {
+            let divergence = check_preserved(checkpoint, &t.checkpoint, &monitor)?;
+            let plan = Plan::new(&t.checkpoint, recipe, Some(&options.out))?;
+            (&t.checkpoint, plan, Some(divergence))
+        }
+    };
     let run_options = QuantizeOptions {
         out: options.out.clone(),
         force: options.force,
@@ -79,15 +96,57 @@ pub fn run(
         monitor,
         cache: options.cache.clone(),
     };
-    let done =
-        anybit_ptq::quantize(checkpoint, recipe, &plan, &calibration, &run_options, observe)?;
+    let done = anybit_ptq::quantize(model, recipe, &plan, &calibration, &run_options, observe)?;
     let manifest = Manifest::read(done.folder.path())?;
-    let quality = quality(checkpoint, &manifest, &done, &run_options.monitor, text_name)?;
-    let report = report(checkpoint, &recipe.resolved()?, &manifest, &done, quality);
+    let quality = quality(model, &manifest, &done, &run_options.monitor, text_name)?;
+    let resolved = recipe.resolved()?;
+    let report = Report {
+        transform_divergence: preserved,
+        ..report(checkpoint, &resolved, &manifest, &done, quality)
+    };
     write_report(done.folder.path(), &report)?;
     let block_seconds = done.blocks.iter().map(|b| b.seconds).collect();
     done.folder.finish()?;
     Ok(Outcome { report, block_seconds })
+}
+
+/// Most that a transformed model may diverge from the original, in nats per token, computed in f32.
+const PRESERVED: f64 = 1e-6;
+/// Tokens that this is measured on when there is no text for it.
+const PROBE: usize = 256;
+
+/// Divergence of the transformed model from the original before anything is rounded.
+///
+/// # Errors
+/// It is more than rounding of f32 explains: the transform is not what it should be.
+fn check_preserved(
+    original: &Checkpoint,
+    transformed: &Checkpoint,
+    monitor: &[Vec<u32>],
+) -> Result<f64> {
+    let vocab = original.config.vocab_size as u32;
+    let probe: Vec<u32> =
+        (0..PROBE as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocab).collect();
+    let windows = match monitor.first() {
+        Some(first) => vec![first.clone()],
+        None => vec![probe],
+    };
+    let (before, _) = final_states(original, &windows)?;
+    let (after, _) = final_states(transformed, &windows)?;
+    let (head, new_head) =
+        (original.weight(head_name(original))?, transformed.weight(head_name(transformed))?);
+    let reference = HiddenStates { states: &before, head: &head };
+    let model = HiddenStates { states: &after, head: &new_head };
+    let (_, scores) = compare_hidden(&reference, &model, &windows, Convention::Hf)?;
+    let divergence = scores.kl_mean.unwrap_or_default();
+    if divergence <= PRESERVED {
+        return Ok(divergence);
+    }
+    Err(Error::Usage(format!(
+        "before any rounding the transformed model diverges from the original by {divergence:e} \
+         nats per token, more than {PRESERVED:e}: the transform does not preserve the function; \
+         nothing was written"
+    )))
 }
 
 /// The sequences that a recipe calibrates on; none for a method that needs no data.
@@ -95,7 +154,8 @@ pub fn run(
 /// # Errors
 /// A text that cannot be read, or too few tokens.
 pub fn calibrate(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Calibration> {
-    if !recipe.rounding()?.needs().data() {
+    let transforms = recipe.transformer()?.is_some_and(|t| t.needs_data());
+    if !recipe.rounding()?.needs().data() && !transforms {
         return Ok(Calibration::none());
     }
     let tokenizer = checkpoint.tokenizer()?;
@@ -187,6 +247,10 @@ fn report(
     quality: Option<Quality>,
 ) -> Report {
     let method = methods::find(&recipe.method);
+    let transform = transforms::find(&recipe.transform);
+    let named = method.and_then(|m| Some((m.name(), m.citation()?)));
+    let of_transform = transform.and_then(|t| Some((t.name(), t.citation()?)));
+    let citations = of_transform.into_iter().chain(named).map(citation).collect();
     let (codes, total) = manifest.bits_per_weight();
     let matrices = manifest.quantized.iter().map(|(tensor, r)| {
         let weights = (r.rows * r.cols) as f64;
@@ -219,15 +283,53 @@ fn report(
         matrices: matrices.collect(),
         blocks: blocks.collect(),
         quality,
-        citations: method.into_iter().filter_map(citation).collect(),
+        transform: (recipe.transform != transforms::NONE).then(|| recipe.transform.clone()),
+        transform_summary: transform.map_or(String::new(), |t| t.summary().to_string()),
+        transform_divergence: None,
+        activations: activation_rows(manifest),
+        citations,
         anybit_version: manifest.anybit_version.clone(),
     }
 }
 
-fn citation(method: &dyn Method) -> Option<CitationRow> {
-    let c = method.citation()?;
+fn citation((method, c): (&str, Citation)) -> CitationRow {
     let (reference, link) = (c.reference.to_string(), c.link.to_string());
-    Some(CitationRow { method: method.name().to_string(), reference, link })
+    CitationRow { method: method.to_string(), reference, link }
+}
+
+/// One row for each kind of site, from the first block that has it.
+fn activation_rows(manifest: &Manifest) -> Vec<ActivationRow> {
+    let mut rows: Vec<ActivationRow> = Vec::new();
+    for (name, record) in &manifest.sites {
+        let site = name.rsplit('.').next().unwrap_or(name).to_string();
+        if rows.iter().any(|r| r.site == site) {
+            continue;
+        }
+        let transform = record.transform.as_ref().map(describe_transform);
+        let bits = record.quantizer.as_ref().map(|q| q.mean_bits());
+        let symmetric = record.quantizer.as_ref().map(|q| q.symmetric);
+        rows.push(ActivationRow { site, transform, bits, symmetric });
+    }
+    rows
+}
+
+/// A transform in a few words; block Hadamard maps are named as such.
+fn describe_transform(spec: &TransformSpec) -> String {
+    match spec {
+        TransformSpec::Diagonal { size } => format!("{size} factors"),
+        TransformSpec::Hadamard { size, block } if size == block => format!("Hadamard {size}"),
+        TransformSpec::Hadamard { size, block } => {
+            format!("Hadamard in blocks of {block} ({size} has no Hadamard matrix)")
+        }
+        TransformSpec::Kronecker { sizes: (1, n), .. } => format!("dense {n}×{n}"),
+        TransformSpec::Kronecker { sizes: (a, b), .. } => format!("Kronecker {a}⊗{b}"),
+        TransformSpec::HeadSplit { high, head_dim, .. } => {
+            format!("last {high} of {head_dim} channels of each head to the end")
+        }
+        TransformSpec::Compose { steps } => {
+            steps.iter().map(describe_transform).collect::<Vec<_>>().join(", then ")
+        }
+    }
 }
 
 /// Licence of the base model, as its own files name it.

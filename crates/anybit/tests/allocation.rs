@@ -35,7 +35,7 @@ fn recipe(lab: &Lab, method: &str, bits: f64) -> Recipe {
     Recipe {
         method: method.into(),
         bits,
-        group_size: 16,
+        group_size: Some(16),
         calibration: CalibrationRecipe { data, tokens: 256, seqlen: 32, gradient_tokens: 128 },
         ..Recipe::default()
     }

@@ -39,7 +39,7 @@ fn recipe(lab: &Lab, method: &str, bits: u8) -> Recipe {
     Recipe {
         method: method.into(),
         bits: bits.into(),
-        group_size: 16,
+        group_size: Some(16),
         calibration: CalibrationRecipe { data, tokens: 128, seqlen: 32, gradient_tokens: 96 },
         ..Recipe::default()
     }
@@ -156,7 +156,8 @@ fn group_sizes() {
         for (group_size, overhead) in [(-1, None), (16, Some(1.0)), (48, None)] {
             for symmetric in [true, false] {
                 let base = recipe(&lab, method, 3);
-                let manifest = check(&lab, &Recipe { group_size, symmetric, ..base });
+                let manifest =
+                    check(&lab, &Recipe { group_size: Some(group_size), symmetric, ..base });
                 let (codes, total) = manifest.bits_per_weight();
                 assert!(codes == 3.0 && total > 3.0);
                 // Rows of 64 columns and 3 bits fill whole words, rows of 80 do not.
@@ -197,7 +198,7 @@ fn every_option_changes_something_and_still_holds() {
     let plain = check(&lab, &Recipe { act_order: false, ..base() });
     let others = [
         Recipe { act_order: true, ..base() },
-        Recipe { act_order: false, scale: ScaleFit::Mse, ..base() },
+        Recipe { act_order: false, scale: Some(ScaleFit::Mse), ..base() },
         Recipe { act_order: false, damp: 0.5, ..base() },
         Recipe { act_order: false, seed: 1, ..base() },
     ];

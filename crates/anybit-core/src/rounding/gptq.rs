@@ -14,8 +14,10 @@
 use rayon::prelude::*;
 
 use super::{fit_row, place};
+use crate::error::check_len;
 use crate::linalg::{View, inverse_cholesky, matmul};
-use crate::{CoreError, Gram, GridSpec, GroupGrid, Matrix, Plane, Result, ScaleFit};
+use crate::quantized::PlaneRowMut;
+use crate::{Gram, GridSpec, GroupGrid, Matrix, Plane, Result, ScaleFit};
 
 /// Rows that one task rounds together; fixed, so that results do not depend on threads.
 const ROWS: usize = 32;
@@ -112,30 +114,52 @@ pub fn gptq_with(
     spec: GridSpec,
     fit: ScaleFit,
 ) -> Result<GptqResult> {
+    let (mut planes, loss) = gptq_tiers(weights, factor, &[(spec, weights.cols)], fit)?;
+    Ok(GptqResult { plane: planes.remove(0), loss, damp: factor.damp })
+}
+
+/// [`gptq_with`] with a grid for each tier of columns, which tile a row: one plane per tier, and
+/// the loss. With several tiers all scales are fitted to the original weights.
+///
+/// # Errors
+/// As [`gptq`], or tiers that do not tile a row.
+pub fn gptq_tiers(
+    weights: &Matrix,
+    factor: &GptqFactor,
+    tiers: &[(GridSpec, usize)],
+    fit: ScaleFit,
+) -> Result<(Vec<Plane>, f64)> {
     weights.check_finite("weight")?;
-    if factor.order.len() != weights.cols {
-        return Err(CoreError::Shape {
-            what: "Gram matrix of the inputs",
-            expected: weights.cols.to_string(),
-            found: factor.order.len().to_string(),
-        });
+    check_len("columns of all tiers", weights.cols, tiers.iter().map(|t| t.1).sum())?;
+    check_len("Gram matrix of the inputs", weights.cols, factor.order.len())?;
+    let planes = tiers.iter().map(|&(spec, cols)| Plane::empty(spec, weights.rows, cols));
+    let mut planes: Vec<Plane> = planes.collect::<Result<_>>()?;
+    let task = Task::new(weights, factor, tiers, fit);
+    // Each task holds its rows in every plane.
+    let mut outs: Vec<Vec<PlaneRowMut<'_>>> = (0..weights.rows).map(|_| Vec::new()).collect();
+    for plane in &mut planes {
+        let rows: Vec<_> = plane.rows_mut().collect();
+        outs.iter_mut().zip(rows).for_each(|(out, row)| out.push(row));
     }
-    let mut plane = Plane::empty(spec, weights.rows, weights.cols)?;
-    let task = Task { weights, factor, spec, fit };
-    let mut outs: Vec<_> = plane.rows_mut().collect();
     let losses: Vec<f64> = outs
         .par_chunks_mut(ROWS)
         .enumerate()
         .map(|(chunk, outs)| {
             let (rows, loss) = task.round_rows(chunk * ROWS, outs.len())?;
             for (out, row) in outs.iter_mut().zip(rows) {
-                out.set_affine(&row.codes, &row.groups);
+                let (mut column, mut group) = (0, 0);
+                for (out, &(spec, cols)) in out.iter_mut().zip(tiers) {
+                    let groups = spec.groups(cols);
+                    let codes = &row.codes[column..column + cols];
+                    out.set_affine(codes, &row.groups[group..group + groups]);
+                    (column, group) = (column + cols, group + groups);
+                }
             }
             Ok(loss)
         })
         .collect::<Result<_>>()?;
     drop(outs);
-    Ok(GptqResult { plane, loss: losses.iter().sum(), damp: factor.damp })
+    Ok((planes, losses.iter().sum()))
 }
 
 fn column_order(gram: &Gram, act_order: bool) -> Vec<usize> {
@@ -150,7 +174,9 @@ fn column_order(gram: &Gram, act_order: bool) -> Vec<usize> {
 struct Task<'a> {
     weights: &'a Matrix,
     factor: &'a GptqFactor,
-    spec: GridSpec,
+    tiers: &'a [(GridSpec, usize)],
+    /// Group of each column, counted through all tiers.
+    group_of: Vec<usize>,
     fit: ScaleFit,
 }
 
@@ -159,12 +185,43 @@ struct RoundedRow {
     groups: Vec<GroupGrid>,
 }
 
-impl Task<'_> {
+impl<'a> Task<'a> {
+    fn new(
+        weights: &'a Matrix,
+        factor: &'a GptqFactor,
+        tiers: &'a [(GridSpec, usize)],
+        fit: ScaleFit,
+    ) -> Self {
+        let mut group_of = Vec::with_capacity(weights.cols);
+        for &(spec, cols) in tiers {
+            let first = group_of.last().map_or(0, |g| g + 1);
+            group_of.extend((0..cols).map(|j| first + j / spec.group_len(cols)));
+        }
+        Self { weights, factor, tiers, group_of, fit }
+    }
+
+    /// Whether scales are fitted to the original weights.
+    fn is_static(&self) -> bool {
+        self.factor.act_order || self.tiers.len() > 1
+    }
+
+    /// Grids of a row's groups, fitted to the original weights.
+    fn fit_groups(&self, source: &[f32], row: usize) -> Result<Vec<GroupGrid>> {
+        let mut groups = Vec::new();
+        let mut start = 0;
+        for &(spec, cols) in self.tiers {
+            groups.extend(fit_row(spec, &source[start..start + cols], self.fit, row)?);
+            start += cols;
+        }
+        Ok(groups)
+    }
+
     /// Rounds `count` rows from `first`; returns codes and grids in natural column order.
     fn round_rows(&self, first: usize, count: usize) -> Result<(Vec<RoundedRow>, f64)> {
         let m = self.weights.cols;
-        let group_len = self.spec.group_len(m);
-        let block = self.block_len(group_len);
+        let (spec, cols) = self.tiers[0];
+        let group_len = spec.group_len(cols);
+        let block = if self.is_static() { BLOCK } else { block_len(group_len) };
         let mut rows = Vec::with_capacity(count);
         // Working copies in rounding order; dead columns hold no weight.
         let mut w = vec![0f32; count * m];
@@ -173,10 +230,9 @@ impl Task<'_> {
             for (w, &column) in w.iter_mut().zip(&self.factor.order) {
                 *w = if self.factor.dead[column] { 0.0 } else { source[column] };
             }
-            let groups = if self.factor.act_order {
-                fit_row(self.spec, source, self.fit, first + r)?
-            } else {
-                Vec::with_capacity(m.div_ceil(group_len))
+            let groups = match self.is_static() {
+                true => self.fit_groups(source, first + r)?,
+                false => Vec::with_capacity(m.div_ceil(group_len)),
             };
             rows.push(RoundedRow { codes: vec![0; m], groups });
         }
@@ -198,12 +254,6 @@ impl Task<'_> {
         Ok((rows, loss))
     }
 
-    /// A block of columns is a whole number of groups where that is possible, so that a group's
-    /// scale is fitted to weights that carry every update that is due.
-    fn block_len(&self, group_len: usize) -> usize {
-        if BLOCK.is_multiple_of(group_len) || group_len > 4 * BLOCK { BLOCK } else { group_len }
-    }
-
     fn round_block(
         &self,
         row: &mut RoundedRow,
@@ -213,18 +263,19 @@ impl Task<'_> {
         row_index: usize,
     ) -> Result<f64> {
         let m = w.len();
-        let group_len = self.spec.group_len(m);
+        let (spec, cols) = self.tiers[0];
+        let group_len = spec.group_len(cols);
         let end = start + errors.len();
         let mut loss = 0f64;
         for j in start..end {
-            if !self.factor.act_order && j % group_len == 0 {
+            if !self.is_static() && j % group_len == 0 {
                 let current = &w[j..(j + group_len).min(m)];
-                let fitted = GroupGrid::fit(self.spec, current, self.fit)
+                let fitted = GroupGrid::fit(spec, current, self.fit)
                     .map_err(|e| place(e, row_index, j / group_len))?;
                 row.groups.push(fitted);
             }
             let column = self.factor.order[j];
-            let grid = row.groups[column / group_len];
+            let grid = row.groups[self.group_of[column]];
             let code = grid.encode(w[j]);
             row.codes[column] = code;
             let u = &self.factor.u.row(j)[j..end];
@@ -237,6 +288,12 @@ impl Task<'_> {
         }
         Ok(loss)
     }
+}
+
+/// A block of columns is a whole number of groups where that is possible, so that a group's scale
+/// is fitted to weights that carry every update that is due.
+fn block_len(group_len: usize) -> usize {
+    if BLOCK.is_multiple_of(group_len) || group_len > 4 * BLOCK { BLOCK } else { group_len }
 }
 
 #[cfg(test)]
@@ -350,6 +407,31 @@ mod tests {
         assert!((0..70).all(|r| q.row(r)[5] == 0.0));
     }
 
+    /// T15 of ResQ's specification, on the grids of that document (scale max/7 and max/127), and
+    /// tiers against their own bits.
+    #[test]
+    fn tiers_have_their_own_bits() {
+        let (w, gram) = case(24, 80, 13);
+        let factor = GptqFactor::new(&gram, GptqOptions::default()).unwrap();
+        let tiers = [(GridSpec::affine(4, true, None), 64), (GridSpec::affine(8, true, None), 16)];
+        let (planes, loss) = gptq_tiers(&w, &factor, &tiers, ScaleFit::MinMax).unwrap();
+        let bits: Vec<_> = planes.iter().map(|p| (p.cols, p.grid.bits())).collect();
+        assert_eq!(bits, [(64, 4), (16, 8)]);
+        let mixed = QuantizedMatrix::from_planes((24, 80), planes, 2, None, None).unwrap();
+        let error = |q: &QuantizedMatrix| {
+            let mut r = w.clone();
+            r.data.iter_mut().zip(q.dequantize().data).for_each(|(w, q)| *w -= q);
+            gram.trace(&r)
+        };
+        let uniform = gptq_with(&w, &factor, tiers[0].0, ScaleFit::MinMax).unwrap();
+        let nearest = crate::rounding::nearest_tiers(&w, &tiers, ScaleFit::MinMax).unwrap();
+        let nearest = QuantizedMatrix::from_planes((24, 80), nearest, 2, None, None).unwrap();
+        assert!(error(&mixed) < error(&QuantizedMatrix::single(uniform.plane)));
+        assert!(error(&mixed) < error(&nearest));
+        assert!(loss >= error(&mixed));
+        assert!(gptq_tiers(&w, &factor, &tiers[..1], ScaleFit::MinMax).is_err());
+    }
+
     /// T10: w = [.45, .4, .35] with correlated inputs; feedback finds [0, 1, 0].
     #[test]
     fn golden_three_columns() {
@@ -365,7 +447,8 @@ mod tests {
         let factor =
             GptqFactor { order: vec![0, 1, 2], dead: vec![false; 3], u, act_order: true, damp };
         let (spec, fit) = (GridSpec::affine(2, true, None), ScaleFit::MinMax);
-        let task = Task { weights: &w, factor: &factor, spec, fit };
+        let tiers = [(spec, 3)];
+        let task = Task::new(&w, &factor, &tiers, fit);
         let mut row = RoundedRow { codes: vec![0; 3], groups: vec![grid] };
         let mut work = w.data.clone();
         let loss = task.round_block(&mut row, &mut work, 0, &mut [0.0; 3], 0).unwrap();

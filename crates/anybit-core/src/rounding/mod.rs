@@ -7,8 +7,8 @@
 pub mod gptq;
 pub mod nearest;
 
-pub use gptq::{GptqFactor, GptqOptions, gptq, gptq_with};
-pub use nearest::nearest;
+pub use gptq::{GptqFactor, GptqOptions, gptq, gptq_tiers, gptq_with};
+pub use nearest::{nearest, nearest_tiers};
 
 use crate::{CoreError, GridSpec, GroupGrid, Result, ScaleFit};
 

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::fit_row;
+use crate::error::check_len;
 use crate::{GridSpec, Matrix, Plane, Result, ScaleFit};
 
 /// Rounds `weights` to the affine grid `spec`.
@@ -10,18 +11,38 @@ use crate::{GridSpec, Matrix, Plane, Result, ScaleFit};
 /// # Errors
 /// An invalid grid, a weight that is not finite, or a scale that an f16 cannot hold.
 pub fn nearest(weights: &Matrix, spec: GridSpec, fit: ScaleFit) -> Result<Plane> {
+    let mut planes = nearest_tiers(weights, &[(spec, weights.cols)], fit)?;
+    Ok(planes.remove(0))
+}
+
+/// [`nearest`] with a grid for each tier of columns, which tile a row: one plane per tier.
+///
+/// # Errors
+/// As [`nearest`], or tiers that do not tile a row.
+pub fn nearest_tiers(
+    weights: &Matrix,
+    tiers: &[(GridSpec, usize)],
+    fit: ScaleFit,
+) -> Result<Vec<Plane>> {
     weights.check_finite("weight")?;
-    let mut plane = Plane::empty(spec, weights.rows, weights.cols)?;
-    let group_len = spec.group_len(weights.cols);
-    plane.rows_mut().enumerate().try_for_each(|(row, mut out)| {
-        let w = weights.row(row);
-        let groups = fit_row(spec, w, fit, row)?;
-        let codes: Vec<u8> =
-            w.iter().enumerate().map(|(j, &w)| groups[j / group_len].encode(w)).collect();
-        out.set_affine(&codes, &groups);
-        Ok(())
-    })?;
-    Ok(plane)
+    check_len("columns of all tiers", weights.cols, tiers.iter().map(|t| t.1).sum())?;
+    let mut planes = Vec::new();
+    let mut start = 0;
+    for &(spec, cols) in tiers {
+        let mut plane = Plane::empty(spec, weights.rows, cols)?;
+        let group_len = spec.group_len(cols);
+        plane.rows_mut().enumerate().try_for_each(|(row, mut out)| {
+            let w = &weights.row(row)[start..start + cols];
+            let groups = fit_row(spec, w, fit, row)?;
+            let codes: Vec<u8> =
+                w.iter().enumerate().map(|(j, &w)| groups[j / group_len].encode(w)).collect();
+            out.set_affine(&codes, &groups);
+            Ok(())
+        })?;
+        planes.push(plane);
+        start += cols;
+    }
+    Ok(planes)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub(super) fn card(report: &Report) -> String {
         front_matter(report),
         introduction(report),
         numbers(report),
+        activations(report),
         how_to_run(),
         recipe(report),
         data(report),
@@ -57,6 +58,35 @@ fn numbers(report: &Report) -> String {
         }
         None => "\nThe quality of the result was not measured in this run.\n",
     });
+    out
+}
+
+fn activations(report: &Report) -> String {
+    let mut out = String::new();
+    if let Some(name) = &report.transform {
+        out.push_str(&format!(
+            "## Transform\n\n{}: {}.",
+            inline(name),
+            inline(&report.transform_summary)
+        ));
+        if let Some(divergence) = report.transform_divergence {
+            out.push_str(&format!(
+                " Before rounding the transformed model diverges from the original by \
+                 {divergence:.1e} nats per token.",
+            ));
+        }
+        out.push_str("\n\n");
+    }
+    if !report.activations.is_empty() {
+        out.push_str(
+            "## Activations\n\n| site | online transform | bits | grid |\n|---|---|---|---|\n",
+        );
+    }
+    for row in &report.activations {
+        let cells = facts::activation(row);
+        let [site, transform, bits, grid] = cells.each_ref().map(|c| inline(c));
+        out.push_str(&format!("| {site} | {transform} | {bits} | {grid} |\n"));
+    }
     out
 }
 

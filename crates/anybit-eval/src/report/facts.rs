@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Quality, Report};
+use super::{ActivationRow, Quality, Report};
 
 /// Where there is nothing to say.
 pub(super) const NONE: &str = "–";
@@ -39,6 +39,21 @@ pub(super) fn headline(report: &Report) -> Vec<Fact> {
         facts.extend(quality(q));
     }
     facts
+}
+
+/// Site, transform, bits and grid of a row.
+pub(super) fn activation(row: &ActivationRow) -> [String; 4] {
+    let grid = match row.symmetric {
+        None => NONE,
+        Some(true) => "symmetric",
+        Some(false) => "asymmetric",
+    };
+    [
+        row.site.replace('_', " "),
+        row.transform.clone().unwrap_or(NONE.into()),
+        row.bits.map_or("unquantized".into(), number),
+        grid.into(),
+    ]
 }
 
 fn quality(q: &Quality) -> [Fact; 4] {

@@ -25,6 +25,15 @@ pub struct Report {
     pub method: String,
     /// What the method does, in one line.
     pub method_summary: String,
+    /// Name of the transform before rounding; null for none.
+    pub transform: Option<String>,
+    /// What the transform does, in one line; empty for none.
+    pub transform_summary: String,
+    /// Divergence of the transformed model from the original before anything was rounded, in nats
+    /// per token.
+    pub transform_divergence: Option<f64>,
+    /// What stands at the sites of a block.
+    pub activations: Vec<ActivationRow>,
     /// The recipe with every default filled in.
     pub recipe_toml: String,
     /// The command that makes the same files again.
@@ -75,6 +84,19 @@ pub struct MatrixRow {
     pub relative_error: f64,
     /// `tr((W−Q) H (W−Q)ᵀ) / tr(W H Wᵀ)` on the calibration inputs, when there were any.
     pub output_error: Option<f64>,
+}
+
+/// What stands at one kind of site.
+#[derive(Debug, Clone, Serialize)]
+pub struct ActivationRow {
+    /// The site.
+    pub site: String,
+    /// The online transform, in words; null for none.
+    pub transform: Option<String>,
+    /// Mean bits of a code; null where nothing is quantized.
+    pub bits: Option<f64>,
+    /// Whether the grid is symmetric; null where nothing is quantized.
+    pub symmetric: Option<bool>,
 }
 
 /// One block of the decoder.
@@ -197,6 +219,10 @@ mod tests {
         let block = |b: usize| BlockRow { block: b, hidden_error: Some(error(b) * (b + 1) as f64) };
         Report {
             base_model: "tiny".into(),
+            transform: None,
+            transform_summary: String::new(),
+            transform_divergence: None,
+            activations: Vec::new(),
             method: "gptq".into(),
             method_summary: "error feedback in the metric of the inputs".into(),
             recipe_toml: "method = \"gptq\"\nbits = 4\n".into(),

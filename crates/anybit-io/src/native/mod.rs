@@ -2,9 +2,11 @@
 //! `anybit.json`, the manifest that says how to decode each of them. Layout: `docs/format.md`.
 
 mod matrix;
+mod sites;
 mod verify;
 
 pub use matrix::{PlaneRecord, QuantizedRecord, part_bytes};
+pub use sites::{SiteRecord, site_parts};
 pub use verify::{Problem, fold_factors, relative_error, scale_columns, squared_norm, verify};
 
 use std::collections::BTreeMap;
@@ -18,7 +20,7 @@ use crate::{IoError, Result};
 /// Major version of the format: readers reject a newer one by name.
 pub const FORMAT_VERSION: u32 = 1;
 /// Minor version: readers accept every older and every newer one.
-pub const FORMAT_MINOR: u32 = 1;
+pub const FORMAT_MINOR: u32 = 2;
 /// Name of the manifest.
 pub const MANIFEST: &str = "anybit.json";
 
@@ -45,6 +47,13 @@ pub struct Manifest {
     /// weight is near `decoded · diag(stored norm / original norm)` (format 1.1).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub folded: BTreeMap<String, String>,
+    /// Name of the transform that the weights went through; none for the original basis
+    /// (format 1.2).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transform: Option<String>,
+    /// What stands at the sites of the blocks, by `model.layers.N.SITE` (format 1.2).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sites: BTreeMap<String, SiteRecord>,
 }
 
 /// A tensor stored unquantized.
@@ -90,7 +99,8 @@ impl Manifest {
         format!("{value:#}\n")
     }
 
-    /// Bits per weight over the linears of the blocks, packed or not: (codes, everything stored).
+    /// Bits per weight over the linears of the blocks, packed or not: (codes, everything stored,
+    /// transforms included).
     /// Embeddings and head are not among them.
     pub fn bits_per_weight(&self) -> (f64, f64) {
         let in_blocks = |name: &str| name.contains(".layers.");
@@ -101,7 +111,12 @@ impl Manifest {
             codes += r.code_bits as f64;
             total += r.bytes as f64 * 8.0;
         }
-        for (_, r) in self.dense.iter().filter(|(n, r)| in_blocks(n) && r.shape.len() == 2) {
+        let transform = |name: &str| name.contains(".transform.");
+        for (_, r) in self.dense.iter().filter(|(n, _)| transform(n)) {
+            total += r.bytes as f64 * 8.0;
+        }
+        let kept = |n: &str| in_blocks(n) && n.ends_with("_proj.weight");
+        for (_, r) in self.dense.iter().filter(|(n, _)| kept(n)) {
             weights += r.shape.iter().map(|d| *d as f64).product::<f64>();
             codes += r.bytes as f64 * 8.0;
             total += r.bytes as f64 * 8.0;

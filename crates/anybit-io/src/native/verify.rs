@@ -1,9 +1,9 @@
 //! `anybit verify`: everything that a packed checkpoint claims of itself, checked.
 
-use anybit_core::{Matrix, RowSource};
+use anybit_core::{Matrix, RowSource, Site};
 use serde::Serialize;
 
-use super::QuantizedRecord;
+use super::{QuantizedRecord, SiteRecord};
 use crate::{Checkpoint, IoError, Result};
 
 /// Something that is not as the manifest says.
@@ -33,7 +33,17 @@ pub fn verify(
         let what = "not a packed checkpoint of anybit: there is nothing to verify";
         IoError::unsupported(&checkpoint.path, what)
     })?;
-    let total = manifest.quantized.len() + manifest.dense.len();
+    if let Some(original) = original {
+        let basis = original.manifest().and_then(|m| m.transform.as_ref());
+        if let Some(transform) = manifest.transform.as_ref().filter(|t| Some(*t) != basis) {
+            let what = format!(
+                "its weights are in the basis of the transform {transform}: compare them with the \
+                 transformed model, which the cache of `quantize` holds"
+            );
+            return Err(IoError::unsupported(&checkpoint.path, what));
+        }
+    }
+    let total = manifest.quantized.len() + manifest.dense.len() + manifest.sites.len();
     let mut problems = Vec::new();
     let mut report = |tensor: &str, what: String| {
         problems.push(Problem { tensor: tensor.into(), what });
@@ -65,7 +75,32 @@ pub fn verify(
         }
         progress(manifest.quantized.len() + done + 1, total);
     }
+    for (done, (name, record)) in manifest.sites.iter().enumerate() {
+        if let Some(what) = check_site(checkpoint, name, record) {
+            report(name, what);
+        }
+        progress(total - manifest.sites.len() + done + 1, total);
+    }
     Ok(problems)
+}
+
+fn check_site(checkpoint: &Checkpoint, name: &str, record: &SiteRecord) -> Option<String> {
+    let parts = match record.find_parts(name, checkpoint) {
+        Ok(parts) => parts,
+        Err(e) => return Some(e.to_string()),
+    };
+    let hash = QuantizedRecord::hash(parts.iter().map(|p| p.bytes()));
+    if record.transform.is_some() && hash != record.blake3 {
+        return Some("the numbers of its transform do not match the recorded hash".into());
+    }
+    let (layer, site) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let known = Site::ALL.into_iter().find(|s| s.name() == site);
+    let layer = layer.parse::<usize>().ok().filter(|l| *l < checkpoint.config.num_layers);
+    let (Some(site), Some(_)) = (known, layer) else {
+        return Some("the model has no such site".into());
+    };
+    let loaded = record.load(name, checkpoint.config.site_size(site), checkpoint);
+    loaded.err().map(|e| e.to_string())
 }
 
 fn check_matrix(

@@ -115,6 +115,16 @@ pub(crate) fn read_options<T: DeserializeOwned>(recipe: &Recipe) -> Result<T, St
     recipe.options.clone().try_into().map_err(fail)
 }
 
+/// Reads a transform's options; what is absent has its default.
+///
+/// # Errors
+/// An unknown key, with the nearest known one, or a value of another type.
+pub(crate) fn read_transform_options<T: DeserializeOwned>(recipe: &Recipe) -> Result<T, String> {
+    let fail =
+        |e: toml::de::Error| format!("options of the transform: {}", with_nearest(e.message()));
+    recipe.transform_options.clone().try_into().map_err(fail)
+}
+
 /// Options as a table.
 pub(crate) fn options_table<T: Serialize>(options: &T) -> toml::Table {
     // Plain structs of numbers, booleans and names: nothing that TOML cannot hold.

@@ -67,7 +67,7 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
             bar.set_length(layers as u64);
             bar.set_position(index as u64);
         }
-        Event::Block(..) | Event::Assembling(..) => {}
+        Event::Block(..) | Event::Assembling(..) | Event::Transforming(..) => {}
     })?;
     bar.finish_and_clear();
     if let Some(path) = &args.svg {

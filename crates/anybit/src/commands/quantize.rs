@@ -27,6 +27,9 @@ Examples:
   anybit quantize model --method skim --bits 3.2 -o model-3.2bit
   anybit quantize model --method anybit --max-bytes 60MiB -o model-60mib
   anybit quantize model --method anybit --match model-Q3_K_M.gguf -o model-as-small
+  anybit quantize model --method resq -o model-w4a4kv4
+  anybit quantize model --transform quarot --method rtn --preset w4a8kv8 -o model-w4a8kv8
+  anybit quantize model --transform quarot --preset kv4 -o model-kv4
   anybit quantize model --bits 4 --calib my-text.txt --resume -o model-4bit")]
 pub struct Args {
     /// The model: a Hugging Face folder or a .gguf file.
@@ -39,9 +42,13 @@ pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
 
-    /// Bits of a weight, 1 to 8; a fraction for skim and anybit [default: 4].
-    #[arg(long, short, conflicts_with_all = ["max_bytes", "match_file"])]
+    /// Bits of a weight, 1 to 8, or 16 for none; a fraction for skim and anybit [default: 4].
+    #[arg(long, short, alias = "w-bits", conflicts_with_all = ["max_bytes", "match_file"])]
     bits: Option<f64>,
+
+    /// Bits of weights, activations and cache together; the flags of each win.
+    #[arg(long, value_enum, conflicts_with_all = ["max_bytes", "match_file"])]
+    preset: Option<Preset>,
 
     /// What --bits counts: codes alone, as papers do, or everything that is stored [default:
     /// codes].
@@ -83,6 +90,26 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum Preset {
+    W4a4kv4,
+    W4a8kv8,
+    W4a16,
+    Kv4,
+}
+
+impl Preset {
+    /// Bits of weights, activations and cache.
+    fn bits(self) -> (f64, u8, u8) {
+        match self {
+            Self::W4a4kv4 => (4.0, 4, 4),
+            Self::W4a8kv8 => (4.0, 8, 8),
+            Self::W4a16 => (4.0, 16, 16),
+            Self::Kv4 => (16.0, 16, 4),
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum CountArg {
     Codes,
     Total,
@@ -94,6 +121,12 @@ impl Args {
         if self.bits.is_some() || self.count.is_some() {
             // One goal: a flag takes the place of the recipe's size.
             r.max_bytes = None;
+        }
+        if let Some(preset) = self.preset {
+            let (bits, a_bits, kv_bits) = preset.bits();
+            r.bits = bits;
+            r.a_bits = r.a_bits.or(Some(a_bits));
+            r.kv_bits = r.kv_bits.or(Some(kv_bits));
         }
         r.bits = self.bits.unwrap_or(r.bits);
         match self.count {
@@ -150,12 +183,17 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
         cache: args.recipe.cache.clone(),
     };
     let started = Instant::now();
+    let transforms = terminal.bar("transform", 0);
     let gradients = terminal.bar("gradients", 0);
     let measured = terminal.bar("error tables", 0);
     let blocks = terminal.bar("blocks", checkpoint.config.num_layers as u64);
     let files = terminal.byte_bar("writing", 0);
     let outcome =
         anybit::quantize::run(&checkpoint, &recipe, &options, &mut |event| match event {
+            Event::Transforming(done, total) => {
+                transforms.set_length(total as u64);
+                transforms.set_position(done as u64);
+            }
             Event::Gradients(done, total) => {
                 gradients.set_length(total);
                 gradients.set_position(done);
@@ -170,7 +208,7 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
                 files.set_position(done);
             }
         })?;
-    [gradients, measured, blocks].iter().for_each(|bar| bar.finish_and_clear());
+    [transforms, gradients, measured, blocks].iter().for_each(|bar| bar.finish_and_clear());
     files.finish_and_clear();
     if let Some(path) = &args.json {
         write_json(path, &outcome.report)?;
@@ -195,6 +233,10 @@ fn print_outcome(args: &Args, outcome: &Outcome, seconds: f64) {
             format!("{:.3} codes, {:.3} total", r.bits_per_weight_codes, r.bits_per_weight_total),
         ),
     ];
+    if let (Some(name), Some(divergence)) = (&r.transform, r.transform_divergence) {
+        let text = format!("{name}; before rounding KL {divergence:.1e}");
+        rows.push(row("transform", text));
+    }
     if let Some(predicted) = r.predicted_error {
         rows.push(row("predicted error", format!("{predicted:.5}")));
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anybit::Result;
 use anybit::ptq::Recipe;
 use clap::ValueEnum;
+use clap::builder::PossibleValuesParser;
 
 /// Flags of a recipe; each is a key of the same name and wins over --recipe.
 #[derive(clap::Args)]
@@ -13,11 +14,47 @@ pub struct RecipeArgs {
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
 
-    /// How weights are rounded [default: gptq].
-    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(anybit::ptq::methods::names()))]
+    /// How weights are rounded; or the name of a transform, for it with weights (by GPTQ),
+    /// activations and cache at 4 bits [default: gptq].
+    #[arg(long, value_parser = PossibleValuesParser::new(method_names()))]
     method: Option<String>,
 
-    /// Columns that share a scale, a multiple of 8; -1 for the whole row [default: 128].
+    /// Transform before rounding: the same function in a basis that rounds better [default: none].
+    #[arg(long, value_parser = PossibleValuesParser::new(transform_names()))]
+    transform: Option<String>,
+
+    /// Bits of the inputs of linears, 2 to 8, or 16 for none [default: 16; 4 when --method names a
+    /// transform].
+    #[arg(long, value_name = "B")]
+    a_bits: Option<u8>,
+
+    /// Bits of keys and values in the cache, 2 to 8, or 16 for none [default: as --a-bits].
+    #[arg(long, value_name = "B")]
+    kv_bits: Option<u8>,
+
+    /// Asymmetric grids for the inputs of linears, or symmetric with =false [default: the
+    /// transform's own].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    a_asym: Option<bool>,
+
+    /// Factor of the range of the inputs of linears [default: the transform's own].
+    #[arg(long, value_name = "F")]
+    a_clip: Option<f32>,
+
+    /// Factor of the range of keys and values [default: the transform's own].
+    #[arg(long, value_name = "F")]
+    kv_clip: Option<f32>,
+
+    /// Bits of the channels that resq gathers most of the energy in [default: 8].
+    #[arg(long, value_name = "B")]
+    high_bits: Option<u8>,
+
+    /// Bits of the inputs at sites that match, such as '*.down_input=8'; may be repeated.
+    #[arg(long, value_name = "PATTERN=B")]
+    site: Vec<String>,
+
+    /// Columns that share a scale, a multiple of 8; -1 for the whole row [default: 128, or
+    /// -1 where activations are quantized too].
     #[arg(long, value_name = "G", allow_negative_numbers = true)]
     group_size: Option<i64>,
 
@@ -25,7 +62,7 @@ pub struct RecipeArgs {
     #[arg(long)]
     asym: bool,
 
-    /// How a group's scale is fitted [default: min-max].
+    /// How a group's scale is fitted [default: min-max, or mse behind a rotation].
     #[arg(long, value_enum)]
     scale: Option<ScaleArg>,
 
@@ -72,7 +109,8 @@ pub struct RecipeArgs {
     #[arg(long, value_name = "N")]
     grad_tokens: Option<usize>,
 
-    /// Option of the method; may be repeated. docs/methods.md lists them.
+    /// Option of the method, or of the transform as transform.KEY=VALUE; may be repeated.
+    /// docs/methods.md and docs/transforms.md list them.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
 
@@ -92,6 +130,14 @@ enum ScaleArg {
     Mse,
 }
 
+fn method_names() -> Vec<&'static str> {
+    [anybit::ptq::methods::names(), anybit::ptq::transforms::names()].concat()
+}
+
+fn transform_names() -> Vec<&'static str> {
+    [vec![anybit::ptq::transforms::NONE], anybit::ptq::transforms::names()].concat()
+}
+
 impl RecipeArgs {
     /// The recipe of these flags; not validated yet.
     ///
@@ -107,7 +153,18 @@ impl RecipeArgs {
             r.options.clear();
             r.method.clone_from(method);
         }
-        r.group_size = self.group_size.unwrap_or(r.group_size);
+        if let Some(transform) = self.transform.as_ref().filter(|t| **t != r.transform) {
+            r.transform_options.clear();
+            r.transform.clone_from(transform);
+        }
+        r.a_bits = self.a_bits.or(r.a_bits);
+        r.kv_bits = self.kv_bits.or(r.kv_bits);
+        r.a_symmetric = self.a_asym.map(|asym| !asym).or(r.a_symmetric);
+        r.a_clip = self.a_clip.or(r.a_clip);
+        r.kv_clip = self.kv_clip.or(r.kv_clip);
+        r.high_bits = self.high_bits.unwrap_or(r.high_bits);
+        self.site.iter().try_for_each(|site| r.add_site(site))?;
+        r.group_size = self.group_size.or(r.group_size);
         r.symmetric &= !self.asym;
         r.act_order = self.act_order.unwrap_or(r.act_order);
         r.damp = self.damp.unwrap_or(r.damp);
@@ -116,10 +173,10 @@ impl RecipeArgs {
         r.seed = self.seed.unwrap_or(r.seed);
         r.skip.extend(self.skip.iter().cloned());
         if let Some(scale) = self.scale {
-            r.scale = match scale {
+            r.scale = Some(match scale {
                 ScaleArg::MinMax => anybit::core::ScaleFit::MinMax,
                 ScaleArg::Mse => anybit::core::ScaleFit::Mse,
-            };
+            });
         }
         if !self.calib.is_empty() {
             r.calibration.data = self.calib.clone();

@@ -121,7 +121,7 @@ impl Method for Anybit {
         if !(damp > 0.0 && damp.is_finite()) {
             return Err(format!("damp is {damp}: it must be above 0"));
         }
-        let group_size = usize::try_from(recipe.group_size).ok();
+        let group_size = usize::try_from(recipe.group()).ok();
         let vocabulary = recipe.max_bytes.is_some();
         if guided_groups == 0 && (options.whole_model || vocabulary) {
             return Err("guided_groups = 0 leaves errors without a common unit: it needs \

@@ -277,8 +277,13 @@ mod tests {
             magnitudes.iter_mut().zip(x).for_each(|(m, x)| *m += x.abs() / 400.0);
         }
         let grid = GridSpec::affine(3, true, Some(32));
-        let settings =
-            LinearSettings { grid, scale: ScaleFit::MinMax, act_order: true, damp: 0.01 };
+        let settings = LinearSettings {
+            grid,
+            scale: ScaleFit::MinMax,
+            act_order: true,
+            damp: 0.01,
+            tier: None,
+        };
         let layout = MatrixLayout::single(grid, 24);
         let statistics = Statistics {
             gram: Some(gram.clone()),

@@ -4,7 +4,7 @@
 //! the factor of `H` is shared by the linears of a site.
 
 use anybit_core::QuantizedMatrix;
-use anybit_core::rounding::gptq::{GptqFactor, GptqOptions, gptq_with};
+use anybit_core::rounding::gptq::{GptqFactor, GptqOptions, gptq_tiers};
 
 use super::{Citation, Method, NoOptions, Place, Rounding, read_options, whole_bits};
 use crate::Recipe;
@@ -44,7 +44,7 @@ struct Feedback;
 
 impl Rounding for Feedback {
     fn needs(&self) -> Needs {
-        Needs { gram: true, ..Default::default() }
+        Needs { gram: true, tiers: true, ..Default::default() }
     }
 
     fn options(&self) -> toml::Table {
@@ -56,7 +56,7 @@ impl Rounding for Feedback {
     }
 
     fn layout(&self, place: Place<'_>) -> MatrixLayout {
-        MatrixLayout::single(place.settings.grid, place.shape.0)
+        MatrixLayout::tiered(&place.settings.tiers(place.shape.1), place.shape.0)
     }
 
     fn round(&self, site: &Site<'_>) -> Result<SiteRounding, SiteError> {
@@ -72,8 +72,10 @@ impl Rounding for Feedback {
         };
         let factor = GptqFactor::new(gram, options).map_err(|e| (0, e))?;
         SiteRounding::each(site, |l| {
-            let result = gptq_with(l.weights, &factor, l.settings.grid, l.settings.scale);
-            result.map(|r| QuantizedMatrix::single(r.plane))
+            let tiers = l.settings.tiers(l.weights.cols);
+            let (planes, _) = gptq_tiers(l.weights, &factor, &tiers, l.settings.scale)?;
+            let shape = (l.weights.rows, l.weights.cols);
+            QuantizedMatrix::from_planes(shape, planes, tiers.len(), None, None)
         })
     }
 

@@ -2,7 +2,7 @@
 //! every other method has to beat; needs no data.
 
 use anybit_core::QuantizedMatrix;
-use anybit_core::rounding::nearest;
+use anybit_core::rounding::nearest_tiers;
 
 use super::{Citation, Method, NoOptions, Place, Rounding, read_options, whole_bits};
 use crate::Recipe;
@@ -38,7 +38,7 @@ pub struct Nearest;
 
 impl Rounding for Nearest {
     fn needs(&self) -> Needs {
-        Needs::default()
+        Needs { tiers: true, ..Default::default() }
     }
 
     fn options(&self) -> toml::Table {
@@ -50,13 +50,15 @@ impl Rounding for Nearest {
     }
 
     fn layout(&self, place: Place<'_>) -> MatrixLayout {
-        MatrixLayout::single(place.settings.grid, place.shape.0)
+        MatrixLayout::tiered(&place.settings.tiers(place.shape.1), place.shape.0)
     }
 
     fn round(&self, site: &Site<'_>) -> Result<SiteRounding, SiteError> {
         SiteRounding::each(site, |l| {
-            let plane = nearest(l.weights, l.settings.grid, l.settings.scale);
-            plane.map(QuantizedMatrix::single)
+            let tiers = l.settings.tiers(l.weights.cols);
+            let planes = nearest_tiers(l.weights, &tiers, l.settings.scale)?;
+            let shape = (l.weights.rows, l.weights.cols);
+            QuantizedMatrix::from_planes(shape, planes, tiers.len(), None, None)
         })
     }
 

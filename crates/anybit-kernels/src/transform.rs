@@ -1,0 +1,80 @@
+//! Online transforms and quantizers over many rows, on all threads.
+//!
+//! The arithmetic of a row is that of [`anybit_core`], which is its scalar twin too: rows do not
+//! depend on each other, so the result has the same bits.
+
+use anybit_core::{ActivationQuantizer, Transform};
+use rayon::prelude::*;
+
+use crate::QuantizedRows;
+
+/// Values that one task handles.
+const TASK: usize = 1 << 14;
+
+fn rows_per_task(cols: usize) -> usize {
+    (TASK / cols.max(1)).max(1)
+}
+
+/// `x → x P`, every row of `x`.
+pub fn transform_rows(transform: &Transform, x: &mut [f32]) {
+    let cols = transform.size().max(1);
+    x.par_chunks_mut(rows_per_task(cols) * cols).for_each(|rows| transform.apply(rows));
+}
+
+/// Replaces rows by the values of their codes.
+pub fn fake_rows(quantizer: &ActivationQuantizer, x: &mut [f32]) {
+    let cols = quantizer.cols().max(1);
+    x.par_chunks_mut(rows_per_task(cols) * cols).for_each(|rows| quantizer.fake(rows));
+}
+
+/// Puts rows on their grids.
+pub fn quantize_rows(quantizer: &ActivationQuantizer, x: &[f32], out: &mut QuantizedRows) {
+    let (cols, parts) = (quantizer.cols(), quantizer.segments.len());
+    let tokens = x.len() / cols.max(1);
+    out.cols = cols;
+    out.segments = quantizer.widths();
+    out.codes.resize(tokens * cols, 0);
+    out.scales.resize(tokens * parts, 0.0);
+    out.zeros.resize(tokens * parts, 0);
+    let step = rows_per_task(cols);
+    let codes = out.codes.par_chunks_mut(step * cols);
+    let grids = out.scales.par_chunks_mut(step * parts).zip(out.zeros.par_chunks_mut(step * parts));
+    x.par_chunks(step * cols).zip(codes).zip(grids).for_each(|((x, codes), (scales, zeros))| {
+        let rows = x.chunks_exact(cols).zip(codes.chunks_exact_mut(cols));
+        let grids = scales.chunks_exact_mut(parts).zip(zeros.chunks_exact_mut(parts));
+        for ((x, codes), (scales, zeros)) in rows.zip(grids) {
+            quantizer.encode_row(x, codes, scales, zeros);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anybit_core::Hadamard;
+    use anybit_core::rng::SplitMix64;
+
+    #[test]
+    fn many_rows_are_row_by_row() {
+        let mut rng = SplitMix64::new(3);
+        let x: Vec<f32> = (0..576 * 70).map(|_| rng.normal() as f32).collect();
+        let transform = Transform::Hadamard(Hadamard::new(576).unwrap());
+        let quantizer = ActivationQuantizer::tiered(576, 4, 72, 8, false);
+        let mut many = x.clone();
+        transform_rows(&transform, &mut many);
+        let mut rows = QuantizedRows::default();
+        quantize_rows(&quantizer, &many, &mut rows);
+        fake_rows(&quantizer, &mut many);
+        for (t, one) in x.chunks(576).enumerate() {
+            let mut one = one.to_vec();
+            transform.apply(&mut one);
+            quantizer.fake(&mut one);
+            assert_eq!(one, many[t * 576..(t + 1) * 576]);
+            for (j, value) in one.iter().enumerate() {
+                let part = 2 * t + usize::from(j >= 504);
+                let code = rows.codes[t * 576 + j] as i32 - rows.zeros[part];
+                assert_eq!(code as f32 * rows.scales[part], *value);
+            }
+        }
+    }
+}

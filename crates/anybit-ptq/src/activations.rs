@@ -1,0 +1,69 @@
+//! Which quantizers stand at the sites of a model: bits from the recipe, clips and high channels
+//! from the transform, defaults from both.
+
+use std::collections::BTreeMap;
+
+use anybit_core::{ActivationQuantizer, Site};
+use anybit_io::Checkpoint;
+use anybit_io::native::SiteRecord;
+
+use crate::{PtqError, Recipe, Result};
+
+/// Bits that stand for no quantizer.
+pub const UNQUANTIZED: u8 = 16;
+
+/// What will stand at every site of `checkpoint`, by `model.layers.N.SITE`; sites where nothing
+/// stands are left out. `recipe` is resolved.
+///
+/// # Errors
+/// A quantizer that a site cannot have.
+pub fn site_records(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+) -> Result<BTreeMap<String, SiteRecord>> {
+    let mut records = BTreeMap::new();
+    for layer in 0..checkpoint.config.num_layers {
+        for site in Site::ALL {
+            let name = format!("model.layers.{layer}.{}", site.name());
+            let fitted = checkpoint.manifest().and_then(|m| m.sites.get(&name));
+            let mut record = fitted.cloned().unwrap_or_default();
+            let cols = checkpoint.config.site_size(site);
+            record.quantizer = quantizer(recipe, &name, site, cols, &record);
+            if let Some(quantizer) = &record.quantizer {
+                let named = |e| PtqError::Recipe(format!("{name}: {e}"));
+                quantizer.validate(cols).map_err(named)?;
+            }
+            if record.transform.is_some() || record.quantizer.is_some() {
+                records.insert(name, record);
+            }
+        }
+    }
+    Ok(records)
+}
+
+fn quantizer(
+    recipe: &Recipe,
+    name: &str,
+    site: Site,
+    cols: usize,
+    record: &SiteRecord,
+) -> Option<ActivationQuantizer> {
+    let cache = matches!(site, Site::Key | Site::Value);
+    let (bits, clip) = match site {
+        Site::Query => return None,
+        _ if cache => (recipe.kv_bits(), recipe.kv_clip),
+        _ => (recipe.a_bits_of(name), recipe.a_clip),
+    };
+    if bits == UNQUANTIZED {
+        return None;
+    }
+    let high = recipe.high_bits.max(bits);
+    let symmetric = !cache && recipe.a_symmetric.unwrap_or(true);
+    let high_cols = if high > bits { record.high } else { 0 };
+    let mut quantizer = ActivationQuantizer::tiered(cols, bits, high_cols, high, symmetric);
+    let plain = clip.unwrap_or(1.0);
+    quantizer.clip = record.clip.unwrap_or((plain, plain));
+    // What the cache stores is what is simulated.
+    quantizer.half = cache;
+    Some(quantizer)
+}
