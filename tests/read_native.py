@@ -63,7 +63,7 @@ def decode(linear, record, parts):
 
 folder = pathlib.Path(sys.argv[1])
 manifest, parts = json.loads((folder / "anybit.json").read_text()), read_parts(folder)
-assert manifest["format_version"] == 1, f"format version {manifest['format_version']}"
+assert manifest["format_version"] in (1, 2), f"format version {manifest['format_version']}"
 for name, record in manifest["quantized"].items():
     linear = name.removesuffix(".weight")
     matrix, own = decode(linear, record, parts), {n for n in parts if n.startswith(linear + ".")}

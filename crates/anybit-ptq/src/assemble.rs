@@ -7,9 +7,7 @@ use std::path::Path;
 use anybit_core::{QuantizedMatrix, RowSource};
 use anybit_io::atomic::write_bytes;
 use anybit_io::convert::{copy_text_files, encode};
-use anybit_io::native::{
-    DenseRecord, FORMAT_MINOR, FORMAT_VERSION, MANIFEST, Manifest, QuantizedRecord,
-};
+use anybit_io::native::{DenseRecord, MANIFEST, Manifest, QuantizedRecord, format_version};
 use anybit_io::safetensors_file::{FileDtype, PlannedTensor, RawTensor, index_json};
 use anybit_io::{Checkpoint, Dtype, IoError};
 use serde_json::json;
@@ -65,9 +63,10 @@ pub fn write(
     if let Some(index) = index_json(&plan.files) {
         write_bytes(&folder.join("model.safetensors.index.json"), index.as_bytes())?;
     }
+    let version = format_version(!plan.sites.is_empty());
     let manifest = Manifest {
-        format_version: FORMAT_VERSION,
-        format_minor: FORMAT_MINOR,
+        format_version: version.0,
+        format_minor: version.1,
         anybit_version: env!("CARGO_PKG_VERSION").into(),
         base_model: base_name(checkpoint),
         recipe: json!(recipe.published()),
@@ -76,6 +75,7 @@ pub fn write(
         dense,
         folded: journal.folded().clone(),
         transform: checkpoint.manifest().and_then(|m| m.transform.clone()),
+        transformed: checkpoint.has_sites().then(|| folder_name(&checkpoint.path)),
         sites: plan.sites.clone(),
     };
     write_bytes(&folder.join(MANIFEST), manifest.to_json().as_bytes())?;
@@ -102,7 +102,11 @@ pub fn base_name(checkpoint: &Checkpoint) -> String {
     if let Some(manifest) = checkpoint.manifest() {
         return manifest.base_model.clone();
     }
-    let absolute = std::path::absolute(&checkpoint.path).unwrap_or(checkpoint.path.clone());
+    folder_name(&checkpoint.path)
+}
+
+fn folder_name(path: &Path) -> String {
+    let absolute = std::path::absolute(path).unwrap_or(path.to_owned());
     absolute.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
@@ -122,7 +126,7 @@ fn write_config(
     let mut config = checkpoint.config.to_json(dtype);
     config["quantization_config"] = json!({
         "quant_method": "anybit",
-        "format_version": FORMAT_VERSION,
+        "format_version": manifest.format_version,
         "method": recipe.method,
         "transform": recipe.transform,
         "activation_bits": recipe.a_bits,

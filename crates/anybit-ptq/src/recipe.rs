@@ -294,7 +294,8 @@ impl Recipe {
             ));
         }
         let allocates = rounding.allocation().is_some();
-        if allocates && bits == UNQUANTIZED as f64 {
+        let allocating = methods::allocating().contains(&self.method.as_str());
+        if allocating && bits == UNQUANTIZED as f64 {
             return fail(format!("{}: 16 bits leave nothing to allocate", self.method));
         }
         if allocates && self.layers.values().any(|l| *l != LayerOverride::default()) {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anybit_eval::report::{Frontier, FrontierPoint};
 use anybit_io::Checkpoint;
-use anybit_ptq::{Event, Measured, Plan, Recipe, goal, journal, methods};
+use anybit_ptq::{Event, Measured, Plan, Recipe, goal, journal, methods, transforms};
 
 use crate::{Error, Result};
 
@@ -44,6 +44,8 @@ pub fn frontier(
     observe: &mut dyn FnMut(Event),
 ) -> Result<Frontier> {
     let calibration = crate::quantize::calibrate(checkpoint, recipe)?;
+    let transformed = transforms::prepare(checkpoint, recipe, &calibration, cache, observe)?;
+    let checkpoint = transformed.as_ref().map_or(checkpoint, |t| &t.checkpoint);
     let source = journal::hash_source(checkpoint)?;
     let mut points = Vec::new();
     let mut known: Option<(toml::Table, Measured)> = None;

@@ -19,10 +19,12 @@ pub use anybit_kernels as kernels;
 pub use anybit_ptq as ptq;
 pub use anybit_runtime as runtime;
 
+pub mod attribute;
 pub mod error;
 pub mod frontier;
 pub mod machine;
 pub mod measure;
 pub mod quantize;
+pub mod stages;
 
 pub use error::{Error, Result};

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anybit_core::TransformSpec;
+use anybit_core::{Site, TransformSpec};
 use anybit_eval::report::{ActivationRow, BlockRow, CitationRow, MatrixRow, Quality, Report};
 use anybit_eval::{BUILTIN_TEXT, Convention, HiddenStates, compare_hidden, read_text};
 use anybit_io::atomic::write_bytes;
@@ -286,7 +286,7 @@ fn report(
         transform: (recipe.transform != transforms::NONE).then(|| recipe.transform.clone()),
         transform_summary: transform.map_or(String::new(), |t| t.summary().to_string()),
         transform_divergence: None,
-        activations: activation_rows(manifest),
+        activations: activation_rows(manifest, checkpoint.config.num_layers),
         citations,
         anybit_version: manifest.anybit_version.clone(),
     }
@@ -297,18 +297,24 @@ fn citation((method, c): (&str, Citation)) -> CitationRow {
     CitationRow { method: method.to_string(), reference, link }
 }
 
-/// One row for each kind of site, from the first block that has it.
-fn activation_rows(manifest: &Manifest) -> Vec<ActivationRow> {
-    let mut rows: Vec<ActivationRow> = Vec::new();
-    for (name, record) in &manifest.sites {
-        let site = name.rsplit('.').next().unwrap_or(name).to_string();
-        if rows.iter().any(|r| r.site == site) {
+/// One row for each kind of site.
+fn activation_rows(manifest: &Manifest, blocks: usize) -> Vec<ActivationRow> {
+    let mut rows = Vec::new();
+    for site in Site::ALL {
+        let suffix = format!(".{}", site.name());
+        let own = || manifest.sites.iter().filter(|(n, _)| n.ends_with(&suffix)).map(|(_, r)| r);
+        if own().next().is_none() {
             continue;
         }
-        let transform = record.transform.as_ref().map(describe_transform);
-        let bits = record.quantizer.as_ref().map(|q| q.mean_bits());
-        let symmetric = record.quantizer.as_ref().map(|q| q.symmetric);
-        rows.push(ActivationRow { site, transform, bits, symmetric });
+        let quantizer = own().find_map(|r| r.quantizer.as_ref());
+        rows.push(ActivationRow {
+            site: site.name().into(),
+            transform: own().find_map(|r| r.transform.as_ref()).map(describe_transform),
+            transformed_blocks: own().filter(|r| r.transform.is_some()).count(),
+            blocks,
+            bits: quantizer.map(|q| q.mean_bits()),
+            symmetric: quantizer.map(|q| q.symmetric),
+        });
     }
     rows
 }

@@ -303,8 +303,8 @@ fn a_newer_major_version() {
     // A newer minor version is read.
     edit_json(&manifest, |m| m["format_minor"] = json!(99));
     lab.ok("verify packed");
-    edit_json(&manifest, |m| m["format_version"] = json!(2));
-    let words = ["packed/anybit.json", "format version 2 is newer", "update anybit"];
+    edit_json(&manifest, |m| m["format_version"] = json!(3));
+    let words = ["packed/anybit.json", "format version 3 is newer", "update anybit"];
     for line in ["verify packed", "inspect packed", "convert packed out"] {
         lab.refuses(line, INPUT, &words);
     }

@@ -50,7 +50,13 @@ pub(super) fn activation(row: &ActivationRow) -> [String; 4] {
     };
     [
         row.site.replace('_', " "),
-        row.transform.clone().unwrap_or(NONE.into()),
+        match &row.transform {
+            None => NONE.into(),
+            Some(text) if row.transformed_blocks == row.blocks => text.clone(),
+            Some(text) => {
+                format!("{text}, in {} of {} blocks", row.transformed_blocks, row.blocks)
+            }
+        },
         row.bits.map_or("unquantized".into(), number),
         grid.into(),
     ]

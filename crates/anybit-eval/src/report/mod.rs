@@ -7,10 +7,12 @@
 mod card;
 mod facts;
 mod frontier;
+mod heatmap;
 mod page;
 mod plots;
 
 pub use frontier::{Frontier, FrontierPoint};
+pub use heatmap::Attribution;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -93,6 +95,10 @@ pub struct ActivationRow {
     pub site: String,
     /// The online transform, in words; null for none.
     pub transform: Option<String>,
+    /// Blocks that have one.
+    pub transformed_blocks: usize,
+    /// Blocks in all.
+    pub blocks: usize,
     /// Mean bits of a code; null where nothing is quantized.
     pub bits: Option<f64>,
     /// Whether the grid is symmetric; null where nothing is quantized.

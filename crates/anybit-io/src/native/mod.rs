@@ -17,10 +17,15 @@ use serde_json::Value;
 
 use crate::{IoError, Result};
 
-/// Major version of the format: readers reject a newer one by name.
-pub const FORMAT_VERSION: u32 = 1;
-/// Minor version: readers accept every older and every newer one.
-pub const FORMAT_MINOR: u32 = 2;
+/// Newest major version of the format that is read: newer ones are rejected by name.
+pub const FORMAT_VERSION: u32 = 2;
+
+/// Major and minor version to write. Readers of version 1 do not know sites and would compute
+/// something else without them.
+pub fn format_version(has_sites: bool) -> (u32, u32) {
+    if has_sites { (2, 0) } else { (1, 1) }
+}
+
 /// Name of the manifest.
 pub const MANIFEST: &str = "anybit.json";
 
@@ -48,10 +53,13 @@ pub struct Manifest {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub folded: BTreeMap<String, String>,
     /// Name of the transform that the weights went through; none for the original basis
-    /// (format 1.2).
+    /// (format 2.0).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transform: Option<String>,
-    /// What stands at the sites of the blocks, by `model.layers.N.SITE` (format 1.2).
+    /// Name of the transformed model in the cache of the run that wrote this (format 2.0).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transformed: Option<String>,
+    /// What stands at the sites of the blocks, by `model.layers.N.SITE` (format 2.0).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sites: BTreeMap<String, SiteRecord>,
 }

@@ -7,9 +7,7 @@ use std::path::Path;
 use anybit_core::{Matrix, Site, Transform};
 use anybit_grad::Tensor;
 use anybit_io::convert::copy_text_files;
-use anybit_io::native::{
-    DenseRecord, FORMAT_MINOR, FORMAT_VERSION, MANIFEST, Manifest, SiteRecord, site_parts,
-};
+use anybit_io::native::{DenseRecord, MANIFEST, Manifest, SiteRecord, format_version, site_parts};
 use anybit_io::safetensors_file::{FileDtype, PlannedTensor, layout_in_shards, open_file};
 use anybit_io::{Checkpoint, IoError, ModelConfig, atomic};
 use serde_json::json;
@@ -220,9 +218,10 @@ impl<'a> TransformWriter<'a> {
             sites
                 .extend(self.cache.read::<BTreeMap<_, _>>(&sites_file(layer))?.unwrap_or_default());
         }
+        let version = format_version(true);
         let manifest = Manifest {
-            format_version: FORMAT_VERSION,
-            format_minor: FORMAT_MINOR,
+            format_version: version.0,
+            format_minor: version.1,
             anybit_version: env!("CARGO_PKG_VERSION").into(),
             base_model: base_name(self.checkpoint),
             recipe: self.recipe,
@@ -231,6 +230,7 @@ impl<'a> TransformWriter<'a> {
             dense,
             folded: BTreeMap::new(),
             transform: Some(self.transform.clone()),
+            transformed: None,
             sites,
         };
         atomic::write_bytes(&folder.join(MANIFEST), manifest.to_json().as_bytes())?;
@@ -239,7 +239,7 @@ impl<'a> TransformWriter<'a> {
         let mut config = self.config.to_json("float32");
         config["quantization_config"] = json!({
             "quant_method": "anybit",
-            "format_version": FORMAT_VERSION,
+            "format_version": version.0,
             "transform": self.transform,
             "manifest": MANIFEST,
         });

@@ -1,10 +1,12 @@
 //! `anybit eval`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anybit::Result;
 use anybit::eval::{BUILTIN_TEXT, Convention, ModelScores, read_text};
+use anybit::io::Checkpoint;
 use anybit::measure::{Options, run as measure};
+use anybit::stages::unquantized;
 use clap::ValueEnum;
 use serde_json::json;
 
@@ -19,6 +21,7 @@ use super::output::{Terminal, bytes_text, or_dash, print_table, write_json};
 Examples:
   anybit eval model --text book.txt
   anybit eval model-4bit model-3bit --text book.txt --reference model --limit-tokens 32768
+  anybit eval model-w4a4kv4 --stages --reference model
   anybit eval model.gguf --text wiki.raw --convention llamacpp --ctx 512 --json scores.json")]
 pub struct Args {
     /// Models: folders or .gguf files.
@@ -32,6 +35,16 @@ pub struct Args {
     /// Model to compare with.
     #[arg(long, value_name = "MODEL")]
     reference: Option<PathBuf>,
+
+    /// Score the stages of each quantized model in one run: the reference, the model as its
+    /// transform left it, and the quantized one.
+    #[arg(long, requires = "reference")]
+    stages: bool,
+
+    /// Folder of the cache that holds transformed models [default: .anybit-cache beside each
+    /// model].
+    #[arg(long, value_name = "DIR", requires = "stages")]
+    cache: Option<PathBuf>,
 
     /// Tokens of a window.
     #[arg(long, default_value_t = 2048)]
@@ -66,8 +79,12 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
         ConventionArg::Hf => Convention::Hf,
         ConventionArg::Llamacpp => Convention::LlamaCpp,
     };
+    let mut models = args.models;
+    if args.stages {
+        models = with_stages(models, args.reference.as_deref(), args.cache.as_deref())?;
+    }
     let options = Options {
-        models: args.models,
+        models,
         reference: args.reference,
         ctx: args.ctx,
         convention,
@@ -87,6 +104,24 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     }
     print_scores(&scores, options.reference.is_some());
     Ok(())
+}
+
+/// The reference, then every model behind what its transform made of the reference.
+fn with_stages(
+    models: Vec<PathBuf>,
+    reference: Option<&Path>,
+    cache: Option<&Path>,
+) -> Result<Vec<PathBuf>> {
+    let mut all: Vec<PathBuf> = reference.map(Path::to_owned).into_iter().collect();
+    for model in models {
+        let packed = Checkpoint::open(&model)?;
+        let stage = unquantized(&packed, reference, cache)?.path;
+        if !all.contains(&stage) {
+            all.push(stage);
+        }
+        all.push(model);
+    }
+    Ok(all)
 }
 
 fn print_scores(scores: &[ModelScores], compared: bool) {

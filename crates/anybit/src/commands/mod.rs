@@ -1,5 +1,6 @@
 //! The command line: one file per command.
 
+mod attribute;
 mod completions;
 mod convert;
 mod doctor;
@@ -41,6 +42,7 @@ enum Command {
     Quantize(Box<quantize::Args>),
     Plan(Box<plan::Args>),
     Eval(eval::Args),
+    Attribute(attribute::Args),
     Generate(generate::Args),
     Convert(convert::Args),
     Inspect(inspect::Args),
@@ -62,6 +64,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Quantize(args) => quantize::run(*args, &terminal),
         Command::Plan(args) => plan::run(*args, &terminal),
         Command::Eval(args) => eval::run(args, &terminal),
+        Command::Attribute(args) => attribute::run(args, &terminal),
         Command::Generate(args) => generate::run(args, &terminal),
         Command::Convert(args) => convert::run(args, &terminal),
         Command::Inspect(args) => inspect::run(args, &terminal),

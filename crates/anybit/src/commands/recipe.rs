@@ -23,6 +23,14 @@ pub struct RecipeArgs {
     #[arg(long, value_parser = PossibleValuesParser::new(transform_names()))]
     transform: Option<String>,
 
+    /// The fast setting of a transform that is trained (flatquant).
+    #[arg(long)]
+    fast: bool,
+
+    /// Leave out the transform of a site in a block where it does not lower the error (flatquant).
+    #[arg(long)]
+    auto_transform: bool,
+
     /// Bits of the inputs of linears, 2 to 8, or 16 for none [default: 16; 4 when --method names a
     /// transform].
     #[arg(long, value_name = "B")]
@@ -156,6 +164,12 @@ impl RecipeArgs {
         if let Some(transform) = self.transform.as_ref().filter(|t| **t != r.transform) {
             r.transform_options.clear();
             r.transform.clone_from(transform);
+        }
+        if self.fast {
+            r.transform_options.insert("effort".into(), "fast".into());
+        }
+        if self.auto_transform {
+            r.transform_options.insert("auto".into(), true.into());
         }
         r.a_bits = self.a_bits.or(r.a_bits);
         r.kv_bits = self.kv_bits.or(r.kv_bits);

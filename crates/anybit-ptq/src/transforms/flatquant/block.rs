@@ -116,9 +116,12 @@ impl<'a> Recorded<'a> {
             // Values come in their own basis.
             right = self.factor(Site::Value, "right").map(pick);
         }
-        match self.sizes.get(&site) {
+        // Without a transform of its own the output still comes in the basis of the values.
+        let heads = (self.shape.heads, self.shape.head_dim);
+        let output = (site == Site::AttnOutput).then_some(heads);
+        match self.sizes.get(&site).copied().or(output) {
             Some(sizes) if left.is_some() || right.is_some() => {
-                tape.kronecker(x, left, right, *sizes)
+                tape.kronecker(x, left, right, sizes)
             }
             _ => x,
         }
@@ -285,9 +288,9 @@ impl<'a> Recorded<'a> {
             Site::Query => Some(Transform::dense(matrix(self.factor(Site::Key, "right")?.1))),
             Site::Key => Some(Transform::dense(matrix(self.factor(Site::Key, "right")?.0))),
             _ => {
+                let sizes = *self.sizes.get(&site)?;
                 let side = |side| self.factor(site, side).map(|(p, _)| matrix(p));
                 let (left, right) = (side("left"), side("right"));
-                let sizes = *self.sizes.get(&site)?;
                 Some(Transform::Kronecker { sizes, left, right })
             }
         }

@@ -27,7 +27,7 @@
 mod block;
 mod parameters;
 
-use anybit_core::ScaleFit;
+use anybit_core::{ScaleFit, Site};
 use anybit_grad::{
     AdamW, AdamWOptions, BlockShape, Rope, Tape, Tensor, TrainBlock, Update, block_forward_at,
 };
@@ -78,6 +78,7 @@ struct Given {
     down: Option<bool>,
     diagonal: Option<bool>,
     clips: Option<bool>,
+    auto: bool,
 }
 
 /// Settings of FlatQuant.
@@ -103,6 +104,8 @@ struct Options {
     diagonal: bool,
     /// Learned clips.
     clips: bool,
+    /// Transforms that do not lower the error at the start are left out, site by site.
+    auto: bool,
 }
 
 impl Given {
@@ -123,6 +126,7 @@ impl Given {
             down: self.down.unwrap_or(true),
             diagonal: self.diagonal.unwrap_or(true),
             clips: self.clips.unwrap_or(true),
+            auto: self.auto,
         }
     }
 }
@@ -269,6 +273,9 @@ impl<'a> BlockFit<'a> {
         progress: &mut dyn FnMut(usize),
     ) -> Result<TransformedBlock, String> {
         let batches = self.batches();
+        if self.options.auto {
+            self.leave_out(&mut parameters, batches - 1)?;
+        }
         // The last batch is held out: what it gets worse on is not kept.
         let training = batches - 1;
         let paper = self.options.effort == Effort::Paper;
@@ -286,6 +293,22 @@ impl<'a> BlockFit<'a> {
             }
         }
         self.transformed(&best.1)
+    }
+
+    /// Drops the transform of every site without which the held-out loss is no higher. Measured
+    /// before training: a transform that does not pay as a Hadamard map costs time at every token.
+    fn leave_out(&mut self, parameters: &mut Parameters, batch: usize) -> Result<(), String> {
+        let mut loss = self.loss(parameters, batch)?;
+        let sites: Vec<Site> = parameters.sizes.keys().copied().collect();
+        // Values are folded and cost nothing.
+        for site in sites.into_iter().filter(|s| *s != Site::Value) {
+            let without = parameters.without(site);
+            let found = self.loss(&without, batch)?;
+            if found <= loss {
+                (loss, *parameters) = (found, without);
+            }
+        }
+        Ok(())
     }
 
     fn batches(&self) -> usize {

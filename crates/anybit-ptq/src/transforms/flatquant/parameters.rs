@@ -76,6 +76,16 @@ impl Parameters {
         all
     }
 
+    /// The same without the transform of `site`.
+    pub fn without(&self, site: Site) -> Self {
+        let mut rest = self.clone();
+        let sides = ["left", "right"].map(|side| format!("{}.{side}", site.name()));
+        rest.values.retain(|name, _| !sides.iter().any(|s| name.starts_with(s.as_str())));
+        rest.bases.retain(|name, _| !sides.contains(name));
+        rest.sizes.remove(&site);
+        rest
+    }
+
     fn site(&mut self, site: Site, sizes: (usize, usize), sides: (bool, bool), paper: bool) {
         self.sizes.insert(site, sizes);
         for (present, side, n) in [(sides.0, "left", sizes.0), (sides.1, "right", sizes.1)] {
