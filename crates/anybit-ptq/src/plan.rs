@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use anybit_core::Site;
 use anybit_io::native::SiteRecord;
 use anybit_io::safetensors_file::{FileDtype, FileLayout, PlannedTensor, layout};
 use anybit_io::{Checkpoint, Dtype, ModelConfig};
@@ -279,6 +280,16 @@ fn check_names(recipe: &Recipe, config: &ModelConfig, problems: &mut Vec<String>
             let example = &linears[0];
             problems
                 .push(format!("pattern {pattern:?} matches no linear (names look like {example})"));
+        }
+    }
+    let site_names: Vec<String> = (0..config.num_layers)
+        .flat_map(|l| Site::ALL.map(|site| format!("model.layers.{l}.{}", site.name())))
+        .collect();
+    for pattern in recipe.sites.keys() {
+        if !site_names.iter().any(|name| crate::recipe::matches(pattern, name)) {
+            let example = &site_names[site_names.len() - 1];
+            problems
+                .push(format!("pattern {pattern:?} matches no site (names look like {example})"));
         }
     }
     if recipe.head_bits.is_some() && config.tie_embeddings {
