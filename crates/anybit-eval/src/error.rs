@@ -54,6 +54,20 @@ pub enum EvalError {
         /// The reference.
         reference: String,
     },
+    /// A file of training runs cannot be used.
+    #[error("cannot use the runs of {path}: {what}")]
+    Runs {
+        /// The file.
+        path: PathBuf,
+        /// Where, and the reason.
+        what: String,
+    },
+    /// A scaling law cannot be fitted.
+    #[error("cannot fit the scaling law: {what}")]
+    Scaling {
+        /// The reason.
+        what: String,
+    },
     /// A report cannot be drawn or laid out.
     #[error("cannot render the report: {what}")]
     Report {

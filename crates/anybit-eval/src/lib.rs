@@ -9,6 +9,7 @@ pub mod divergence;
 pub mod error;
 pub mod evaluate;
 pub mod report;
+pub mod scaling;
 pub mod statistics;
 pub mod text;
 

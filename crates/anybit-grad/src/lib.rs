@@ -20,6 +20,7 @@
 
 pub mod decoder;
 pub mod error;
+pub mod estimators;
 pub mod fisher;
 pub mod head;
 pub mod ops;
@@ -37,6 +38,7 @@ pub use decoder::{
     TrainDecoder, block_forward, block_forward_at, next_tokens,
 };
 pub use error::{GradError, Result};
+pub use estimators::{Estimator, EstimatorError, EstimatorSpec, Form, half_integer_codes};
 pub use fisher::{
     BlockSensitivity, GRADIENT_SCALE, HeadSensitivity, Labels, Receiver, SensitivityOptions,
     sensitivities,

@@ -10,6 +10,7 @@ mod frontier;
 mod heatmap;
 mod page;
 mod plots;
+mod scaling;
 
 pub use frontier::{Frontier, FrontierPoint};
 pub use heatmap::Attribution;

@@ -130,9 +130,12 @@ impl Transformer for LearnedRotations {
 /// File of the learned rotations.
 const LEARNED: &str = "rotations.json";
 
-/// `R₁`, then `R₂` of each block, row-major.
+/// `R₁`, then `R₂` of each block, row-major; and the loss of every step, for whoever looks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Rotations(Vec<Vec<f32>>);
+struct Rotations {
+    matrices: Vec<Vec<f32>>,
+    losses: Vec<f32>,
+}
 
 impl Rotations {
     /// Random Hadamard matrices.
@@ -147,11 +150,11 @@ impl Rotations {
         };
         let mut all = vec![random(config.hidden_size)];
         all.extend((0..config.num_layers).map(|_| random(config.head_dim)));
-        Self(all)
+        Self { matrices: all, losses: Vec::new() }
     }
 
     fn transform(&self, index: usize, n: usize) -> Transform {
-        Transform::dense(Matrix { rows: n, cols: n, data: self.0[index].clone() })
+        Transform::dense(Matrix { rows: n, cols: n, data: self.matrices[index].clone() })
     }
 }
 
@@ -167,7 +170,7 @@ impl LearnedRotations {
         }
         let seqlen = model.sequences.first().map_or(2, Vec::len);
         let decoder = TrainDecoder::load(model.checkpoint, seqlen)?;
-        let mut momenta: Vec<Option<Mat<f64>>> = vec![None; rotations.0.len()];
+        let mut momenta: Vec<Option<Mat<f64>>> = vec![None; rotations.matrices.len()];
         let mut tape = Tape::default();
         for step in 0..self.0.steps {
             let tokens = &model.sequences[step % model.sequences.len()];
@@ -178,14 +181,15 @@ impl LearnedRotations {
                     format!("spinquant: the loss is {loss} at step {step}: lower transform.lr");
                 return Err(PtqError::Recipe(what));
             }
+            rotations.losses.push(loss);
             let at = step as f64 / self.0.steps as f64;
             let lr = self.0.lr / 2.0 * (1.0 + (std::f64::consts::PI * at).cos());
-            for ((x, g), m) in rotations.0.iter_mut().zip(&grads).zip(&mut momenta) {
+            for ((x, g), m) in rotations.matrices.iter_mut().zip(&grads).zip(&mut momenta) {
                 *m = Some(cayley_step(x, g, m.take(), (lr, self.0.momentum)));
             }
             out.progress(step + 1, self.0.steps);
         }
-        rotations.0.iter_mut().for_each(|x| orthonormalize(x));
+        rotations.matrices.iter_mut().for_each(|x| orthonormalize(x));
         Ok(rotations)
     }
 }
@@ -204,8 +208,8 @@ fn gradients(
     let leaf = |tape: &mut Tape, data: &Vec<f32>, n: usize| {
         tape.leaf(Tensor::new([n, n], data.clone()), true)
     };
-    let residual = leaf(tape, &rotations.0[0], d);
-    let values: Vec<Var> = rotations.0[1..].iter().map(|r| leaf(tape, r, hd)).collect();
+    let residual = leaf(tape, &rotations.matrices[0], d);
+    let values: Vec<Var> = rotations.matrices[1..].iter().map(|r| leaf(tape, r, hd)).collect();
     let down = Arc::new(Transform::Hadamard(Hadamard::largest(config.intermediate_size)));
     let keys = Arc::new(Transform::Hadamard(Hadamard::largest(hd)));
     let mut x = tape.embedding(vars.embedding, tokens);

@@ -11,6 +11,7 @@ mod output;
 mod plan;
 mod quantize;
 mod recipe;
+mod scaling;
 mod synth;
 mod verify;
 
@@ -47,6 +48,7 @@ enum Command {
     Convert(convert::Args),
     Inspect(inspect::Args),
     Verify(verify::Args),
+    Scaling(scaling::Args),
     Doctor(doctor::Args),
     Synth(synth::Args),
     Completions(completions::Args),
@@ -69,6 +71,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Convert(args) => convert::run(args, &terminal),
         Command::Inspect(args) => inspect::run(args, &terminal),
         Command::Verify(args) => verify::run(args, &terminal),
+        Command::Scaling(args) => scaling::run(args, &terminal),
         Command::Doctor(args) => doctor::run(args, &terminal),
         Command::Synth(args) => synth::run(args, &terminal),
         Command::Completions(args) => completions::run(args),
