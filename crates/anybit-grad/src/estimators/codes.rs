@@ -11,13 +11,13 @@ use super::uniform::UniformGrid;
 /// (u − (2^b − 1)/2) · s
 /// ```
 ///
-/// to the bit. That is `anybit_core::GridSpec::HalfInteger` with one group per row; `u = q + 2^(b−1)`
-/// of the signed codes that QuEST's kernels take. The file holds `s` as f16, so values that were
+/// to the bit. That is `anybit_core::GridSpec::HalfInteger` with one group per row;
+/// `u = q + 2^(b−1)` of the signed codes that QuEST's kernels take. The file holds `s` as f16, so values that were
 /// packed differ from those that were trained by up to 2⁻¹¹ of themselves.
 ///
 /// # Errors
-/// [`EstimatorError`] when the bits are not 1 to 8, or the row is not made of whole blocks of a power
-/// of two.
+/// [`EstimatorError`] when the bits are not 1 to 8, or the row is not made of whole blocks of a
+/// power of two.
 pub fn half_integer_codes(
     row: &[f32],
     bits: u8,

@@ -14,8 +14,8 @@
 //! would be no small change; `S = m` (`rescale`) keeps the size of the weights, and `m` is a constant
 //! there.
 //!
-//! Activations: `x̂ = r(clamp(x, 0, 1))`, or with `signed`, for operands of either sign, `x̂ = 2 r((clamp(x,
-//! −1, 1) + 1)/2) − 1`; gradient passes where nothing is clamped.
+//! Activations: `x̂ = r(clamp(x, 0, 1))`, or with `signed`, for operands of either sign,
+//! `x̂ = 2 r((clamp(x, −1, 1) + 1)/2) − 1`; gradient passes where nothing is clamped.
 
 use rayon::prelude::*;
 

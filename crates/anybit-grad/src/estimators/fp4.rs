@@ -3,9 +3,9 @@
 //! variant.)
 //!
 //! Trust allows errors of at most `T`, half the widest gap between levels: `T = 0.48707976`, which
-//! on the grid every error satisfies, so that it is `|a| ≤ 3.40956 RMS`. The released code has `T =
-//! 0.318577` by mistake, from the Gaussian grid it derives from, and so masks `2.2669 < |a| < 2.6039`
-//! too; published numbers are made with that.
+//! on the grid every error satisfies, so that it is `|a| ≤ 3.40956 RMS`. The released code has
+//! `T = 0.318577` by mistake, from the Gaussian grid it derives from, and so masks
+//! `2.2669 < |a| < 2.6039` too; published numbers are made with that.
 
 use serde::{Deserialize, Serialize};
 

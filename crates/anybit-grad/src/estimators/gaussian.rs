@@ -4,8 +4,8 @@
 //! The least error has `l_i = E[ξ | t_{i−1} < ξ < t_i]` with `t_i` halfway between neighbours.
 //! Lloyd's iteration alternates the two; at 8 bits it would take some ten thousand rounds. Newton's
 //! method on the same equations, whose Jacobian is tridiagonal, takes five to ten from the uniform
-//! grid's levels, and finds the same point, which for N(0, 1) is the only one. (The released code of
-//! QuEST makes 20 of Lloyd's rounds, which leaves .01047 instead of .00950 at 4 bits.)
+//! grid's levels, and finds the same point, which for N(0, 1) is the only one. (The released code
+//! of QuEST makes 20 of Lloyd's rounds, which leaves .01047 instead of .00950 at 4 bits.)
 
 use serde::{Deserialize, Serialize};
 

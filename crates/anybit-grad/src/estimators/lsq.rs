@@ -1,7 +1,8 @@
 //! Learned steps: LSQ (Esser et al., ICLR 2020) and LSQ+ (Bhalgat et al., 2020), one step per
 //! tensor.
 //!
-//! With `v = (x − β)/s − h`, codes `q = clamp(round(v), −n/2, n/2 − 1)` for `n = 2^b`, rounded to even:
+//! With `v = (x − β)/s − h`, codes `q = clamp(round(v), −n/2, n/2 − 1)` for `n = 2^b`, rounded to
+//! even:
 //!
 //! ```text
 //! y = (q + h) s + β            inside: −n/2 ≤ v ≤ n/2 − 1       clamped

@@ -2,7 +2,8 @@
 //! them. QuEST (Panferov et al., ICML 2025, arXiv 2502.05003) and what it is compared with.
 //!
 //! An operand `A` is a weight `[out, K]` or an activation `[tokens, K]`. It may be rotated,
-//! `A_h = A H`, where `H = blockdiag(H_B, …)` is the normalized Walsh–Hadamard matrix: `H = Hᵀ = H⁻¹`.
+//! `A_h = A H`, where `H = blockdiag(H_B, …)` is the normalized Walsh–Hadamard matrix:
+//! `H = Hᵀ = H⁻¹`.
 //! What is recorded is `Â_h` or `Â_h H` ([`Form`]). With both operands of a linear on their grids,
 //! `Y = X̂_h Ŵ_hᵀ = X̂ Ŵᵀ`.
 //!
@@ -90,7 +91,8 @@ pub trait Estimator: Send + Sync + std::fmt::Debug {
     }
 
     /// What is learned beside the operand, in the order in which [`Self::record`] takes it: the
-    /// end of the name, and the initial value for an operand that starts as `first`, rows of `cols`.
+    /// end of the name, and the initial value for an operand that starts as `first`, rows of
+    /// `cols`.
     fn parameters(&self, first: &[f32], cols: usize) -> Vec<(&'static str, Tensor)> {
         let _ = (first, cols);
         Vec::new()

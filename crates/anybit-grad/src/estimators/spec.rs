@@ -236,8 +236,8 @@ impl EstimatorSpec {
     }
 
     /// Columns of a block of the basis in which the operand is returned, 0 for its own. Both
-    /// operands of a product must agree: one that is still rotated beside one that is not is another
-    /// function.
+    /// operands of a product must agree: one that is still rotated beside one that is not is
+    /// another function.
     pub fn basis(&self) -> usize {
         match self.rotation() {
             (block, Form::Half) => block,

@@ -1,5 +1,5 @@
-//! Three levels, `−α, 0, α` times the row's root mean square, with the `α` of the least mean squared
-//! error on N(0, 1). (QuEST calls it 1.58 bits; its released code has the constant, but a grid of
+//! Three levels, `−α, 0, α` times the row's root mean square, with the `α` of the least mean
+//! squared error on N(0, 1). (QuEST calls it 1.58 bits; its released code has the constant, but a grid of
 //! four levels.)
 //!
 //! Trust is half a step beyond the end, `|a| ≤ 3/2 α`.

@@ -297,7 +297,7 @@ fn dry_run(args: &Args, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> 
                 "provisional": plan.provisional,
                 "bits_per_weight_codes": codes, "bits_per_weight_total": total,
                 "estimated_ram_bytes": plan.ram_bytes, "estimated_seconds": seconds,
-                "recipe": recipe,
+                "recipe": recipe.resolved()?,
             }),
         )?;
     } else {
