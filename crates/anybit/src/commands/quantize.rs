@@ -312,7 +312,11 @@ fn dry_run(args: &Args, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<()> 
                 .map(|f| row(&format!("  {}", f.file_name), format!("{} bytes", f.file_bytes()))),
         );
         rows.push(row("bits per weight", format!("{codes:.3} codes, {total:.3} total")));
-        if plan.provisional {
+        if recipe.transformer()?.is_some() {
+            let what = "fitted first; what it stores, and a head that it unties, come on top";
+            rows.push(row("transform", what.into()));
+        }
+        if recipe.rounding()?.allocation().is_some() {
             let goal = match recipe.max_bytes {
                 Some(bytes) => format!("at most {bytes} bytes"),
                 None => format!("{} bits per weight", recipe.bits),
