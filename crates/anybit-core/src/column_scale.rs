@@ -21,6 +21,9 @@ use crate::{CoreError, Gram, Matrix, Result};
 /// Rows that one task evaluates; fixed, so that sums do not depend on the number of threads.
 const ROWS: usize = 64;
 
+/// Steps over which it is judged whether training has settled.
+const PATIENCE: usize = 10;
+
 /// What a weight counts in the mean that is its centroid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CentroidWeights {
@@ -34,8 +37,11 @@ pub enum CentroidWeights {
 /// Settings of [`train`]; the defaults are the paper's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ColumnScaleOptions {
-    /// Steps of Adam.
+    /// Steps of Adam at most.
     pub steps: usize,
+    /// It ends before when [`PATIENCE`] steps brought less than this share of what was gained so
+    /// far; 0 for never. The paper says "at most" and no more: the rule is ours.
+    pub settled: f64,
     /// First learning rate.
     pub rate: f64,
     /// Steps after which the rate is halved, again and again.
@@ -48,7 +54,8 @@ pub struct ColumnScaleOptions {
 
 impl Default for ColumnScaleOptions {
     fn default() -> Self {
-        Self { steps: 120, rate: 0.01, halve_every: 40, floor: 0.05, weights: Default::default() }
+        let weights = CentroidWeights::default();
+        Self { steps: 120, settled: 0.005, rate: 0.01, halve_every: 40, floor: 0.05, weights }
     }
 }
 
@@ -97,14 +104,21 @@ fn descend(layer: &Layer<'_>, metric: &dyn Metric, options: ColumnScaleOptions) 
     let mut alpha = vec![1.0; layer.weights.cols];
     let mut adam = Adam::new(alpha.len());
     let mut best = (f64::INFINITY, alpha.clone());
-    let mut before = 0.0;
+    let (mut before, mut judged) = (0.0, 0.0);
     for step in 0..=options.steps {
         let (loss, mut gradient) = layer.evaluate(&alpha, metric);
         if step == 0 {
-            before = loss;
+            (before, judged) = (loss, loss);
         }
         if loss < best.0 {
             best = (loss, alpha.clone());
+        }
+        let settled = step > PATIENCE && judged - best.0 < options.settled * (before - best.0);
+        if step % PATIENCE == 0 {
+            judged = best.0;
+            if settled {
+                break;
+            }
         }
         // Neither a layer without error nor a loss that has become NaN can be improved.
         let improvable = loss > 0.0 && before > 0.0;

@@ -152,7 +152,7 @@ impl Layer {
 
     /// Scales for the codes, as decoded weights.
     fn scaled(&self, codes: &Codes, bits: &[u8], weights: CentroidWeights) -> (Matrix, [f64; 2]) {
-        let options = ColumnScaleOptions { weights, ..Default::default() };
+        let options = ColumnScaleOptions { weights, settled: 0.0, ..Default::default() };
         let done = train(&self.w, &codes.labels, bits, &self.g, &self.gram, options).unwrap();
         assert!(done.loss_after <= done.loss_before);
         let scaled = Codes { labels: codes.labels.clone(), codebooks: done.centroids };

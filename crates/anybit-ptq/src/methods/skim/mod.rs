@@ -9,9 +9,9 @@
 //! ```
 //!
 //! The paper has no public code. INFERRED, and so ours: clusters are exact (it names no
-//! algorithm), `bmin` is 2, `H` is that of the original model's inputs, centroids are means
-//! weighted by `G` (which continues step 3 at `α = 1`), the best `α` seen is kept, centroids are
-//! f16. Algorithm 1 is printed with the sign of the gain reversed and a test after the loop; both
+//! algorithm), `bmin` is 2, "at most 120 steps" of Adam end when they bring nothing more, `H` is
+//! that of the original model's inputs, centroids are means weighted by `G` (which continues step 3
+//! at `α = 1`), the best `α` seen is kept, centroids are f16. Algorithm 1 is printed with the sign of the gain reversed and a test after the loop; both
 //! are mended as in [`anybit_core::allocate`]. Where one norm feeds all linears of a site, they
 //! share one `α`, which the norm takes up, so that it costs neither bytes nor time.
 
@@ -48,14 +48,16 @@ pub struct Options {
     pub scales: bool,
     /// Let one column scale serve all linears behind a norm, and the norm take it up.
     pub fold: bool,
-    /// Steps of Adam for the column scales.
+    /// Steps of Adam for the column scales, at most.
     pub steps: usize,
+    /// They end before when ten steps bring less than this share of the gain so far.
+    pub settled: f64,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let init = AllocationStart::Min;
-        Self { bmin: 2, bmax: 4, init, scales: true, fold: true, steps: 120 }
+        Self { bmin: 2, bmax: 4, init, scales: true, fold: true, steps: 120, settled: 0.005 }
     }
 }
 
@@ -202,6 +204,7 @@ impl ScaledClusters {
         }
         let options = ColumnScaleOptions {
             steps: self.options.steps,
+            settled: self.options.settled,
             weights: CentroidWeights::Sensitivity,
             ..Default::default()
         };
