@@ -38,6 +38,11 @@ impl SplitMix64 {
     }
 }
 
+/// The seed of a stream of its own for `name`.
+pub fn stream(seed: u64, name: &str) -> u64 {
+    name.bytes().fold(seed, |h, b| SplitMix64::new(h ^ b as u64).next_u64())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -158,6 +158,9 @@ pub fn block_forward(
 /// What becomes of the values that flow at a site: `(tape, site, x)` to what takes the place of `x`.
 pub type AtSite<'a> = &'a mut dyn FnMut(&mut Tape, Site, Var) -> Var;
 
+/// [`AtSite`] with the index of the layer.
+pub type AtLayerSite<'a> = &'a mut dyn FnMut(&mut Tape, usize, Site, Var) -> Var;
+
 /// [`block_forward`] with `at` called at every site in the place of the online transforms.
 ///
 /// # Panics
@@ -282,6 +285,38 @@ impl TrainDecoder {
         Ok(Self { config, embedding, blocks, norm, head, rope })
     }
 
+    /// A decoder of `tensors` by their Hugging Face names; `positions` is the longest sequence that
+    /// will be used.
+    ///
+    /// # Panics
+    /// When a tensor of `config` is missing or of another shape.
+    pub fn from_tensors(
+        config: ModelConfig,
+        mut tensors: BTreeMap<String, Tensor>,
+        positions: usize,
+    ) -> Self {
+        let shapes: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
+        let mut take = |name: &str| {
+            let tensor = tensors.remove(name).unwrap_or_else(|| panic!("{name} is missing"));
+            assert_eq!(Some(tensor.shape()), shapes.get(name).map(Vec::as_slice), "{name}");
+            tensor
+        };
+        let block = |layer: usize, take: &mut dyn FnMut(&str) -> Tensor| {
+            let prefix = format!("model.layers.{layer}.");
+            let params = config.block_tensors(layer).into_iter().map(|(name, _)| {
+                let short = name.strip_prefix(&prefix).unwrap_or(&name).to_string();
+                (short, take(&name))
+            });
+            TrainBlock { layer, params: params.collect(), sites: BlockSites::default() }
+        };
+        let blocks = (0..config.num_layers).map(|layer| block(layer, &mut take)).collect();
+        let embedding = take("model.embed_tokens.weight");
+        let head = (!config.tie_embeddings).then(|| take("lm_head.weight"));
+        let norm = take("model.norm.weight");
+        let rope = Arc::new(Rope::new(config.rope_frequencies(), positions));
+        Self { config, embedding, blocks, norm, head, rope }
+    }
+
     /// The shape of layer `layer`.
     pub fn block_shape(&self, layer: usize) -> BlockShape {
         BlockShape::new(&self.config, layer, &self.rope)
@@ -331,6 +366,22 @@ impl TrainDecoder {
         tokens: &[u32],
         seqlen: usize,
     ) -> Result<DecoderOutput> {
+        self.forward_at(tape, vars, tokens, seqlen, &mut |_, _, _, x| x)
+    }
+
+    /// [`Self::forward`] with `at` called at every site, after the model's own online transform:
+    /// `(tape, layer, site, x)` to what takes the place of `x`.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_at(
+        &self,
+        tape: &mut Tape,
+        vars: &DecoderVars,
+        tokens: &[u32],
+        seqlen: usize,
+        at: AtLayerSite<'_>,
+    ) -> Result<DecoderOutput> {
         check_tokens(tokens, self.config.vocab_size)?;
         let positions = self.rope.positions();
         let whole = seqlen > 0 && seqlen <= positions && tokens.len().is_multiple_of(seqlen);
@@ -340,7 +391,13 @@ impl TrainDecoder {
         let mut x = tape.embedding(vars.embedding, tokens);
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (layer, params) in vars.blocks.iter().enumerate() {
-            let block = block_forward(tape, x, params, &self.block_shape(layer), seqlen);
+            let mut here = |tape: &mut Tape, site: Site, x: Var| {
+                let transform = params.sites.at(site).transform.as_ref();
+                let x = transform.map_or(x, |transform| tape.transform(x, transform));
+                at(tape, layer, site, x)
+            };
+            let shape = self.block_shape(layer);
+            let block = block_forward_at(tape, x, params, &shape, seqlen, &mut here);
             x = block.y;
             blocks.push(block);
         }

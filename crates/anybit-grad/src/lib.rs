@@ -32,10 +32,11 @@ pub mod tensor;
 #[cfg(test)]
 mod testing;
 mod tiles;
+pub mod train;
 
 pub use decoder::{
-    AtSite, BlockOutput, BlockShape, BlockVars, DecoderOutput, DecoderVars, LinearSite, TrainBlock,
-    TrainDecoder, block_forward, block_forward_at, next_tokens,
+    AtLayerSite, AtSite, BlockOutput, BlockShape, BlockVars, DecoderOutput, DecoderVars,
+    LinearSite, TrainBlock, TrainDecoder, block_forward, block_forward_at, next_tokens,
 };
 pub use error::{GradError, Result};
 pub use estimators::{Estimator, EstimatorError, EstimatorSpec, Form, half_integer_codes};

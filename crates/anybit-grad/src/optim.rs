@@ -70,6 +70,16 @@ impl AdamW {
         Self { options, ..Self::default() }
     }
 
+    /// Steps taken and `(m, v)` per parameter, to be stored; empty before the first step.
+    pub fn state(&self) -> (i32, &[(Vec<f32>, Vec<f32>)]) {
+        (self.steps, &self.moments)
+    }
+
+    /// An optimizer that continues from what [`Self::state`] gave.
+    pub fn resume(options: AdamWOptions, steps: i32, moments: Vec<(Vec<f32>, Vec<f32>)>) -> Self {
+        Self { options, steps, moments }
+    }
+
     /// Moves every parameter one step. Gradients are multiplied by `grad_factor` first (see
     /// [`clip_factor`]). The parameters must be the same, in the same order, at every step.
     ///

@@ -151,14 +151,29 @@ impl Tape {
     /// # Panics
     /// When `dy` and `y` differ in length.
     pub fn backward_from(&mut self, y: Var, dy: &[f32]) {
-        assert_eq!(self.value(y).len(), dy.len(), "the gradient does not fit the value");
-        if !self.wants(y) {
-            return;
+        self.backward_from_all(&[(y, dy)]);
+    }
+
+    /// [`Self::backward_from`] of several values at once: the gradient of the sum of their
+    /// `Σ dy·y`. Once per recording.
+    ///
+    /// # Panics
+    /// When a `dy` and its `y` differ in length, or a value is named twice.
+    pub fn backward_from_all(&mut self, outputs: &[(Var, &[f32])]) {
+        let mut last = None;
+        for &(y, dy) in outputs {
+            assert_eq!(self.value(y).len(), dy.len(), "the gradient does not fit the value");
+            if !self.wants(y) {
+                continue;
+            }
+            assert!(self.grads[y.0].is_none(), "a value is named twice");
+            let mut seed = self.pool.take(dy.len());
+            seed.copy_from_slice(dy);
+            self.grads[y.0] = Some(seed);
+            last = last.max(Some(y.0));
         }
-        let mut seed = self.pool.take(dy.len());
-        seed.copy_from_slice(dy);
-        self.grads[y.0] = Some(seed);
-        for index in (0..=y.0).rev() {
+        let Some(last) = last else { return };
+        for index in (0..=last).rev() {
             let node = &self.nodes[index];
             let Some(backward) = &node.backward else { continue };
             let Some(grad) = self.grads[index].take() else { continue };

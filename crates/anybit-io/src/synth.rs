@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anybit_core::rng::SplitMix64;
+use anybit_core::rng::{SplitMix64, stream};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -112,7 +112,7 @@ fn random_tensor(
     let writes_residual = tensor.name.contains("o_proj") || tensor.name.contains("down_proj");
     let depth = if writes_residual { (2 * config.num_layers) as f32 } else { 1.0 };
     let std = 1.0 / (tensor.shape[1] as f32 * depth).sqrt();
-    let stream = tensor.name.bytes().fold(seed, |h, b| SplitMix64::new(h ^ b as u64).next_u64());
+    let stream = stream(seed, &tensor.name);
     const CHUNK: usize = 1 << 16;
     for group in (0..len.div_ceil(CHUNK)).collect::<Vec<_>>().chunks(64) {
         let parts: Vec<Vec<u8>> = group

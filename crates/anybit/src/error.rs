@@ -18,6 +18,9 @@ pub enum Error {
     /// Quantizing a model.
     #[error(transparent)]
     Ptq(#[from] anybit_ptq::PtqError),
+    /// Training a model.
+    #[error(transparent)]
+    Train(#[from] anybit_grad::train::TrainError),
     /// Options that do not go together.
     #[error("{0}")]
     Usage(String),
@@ -31,6 +34,7 @@ impl Error {
     /// 5 failed verification, 1 everything else.
     pub fn exit_code(&self) -> u8 {
         use anybit_eval::EvalError;
+        use anybit_grad::train::TrainError;
         use anybit_ptq::PtqError;
         use anybit_runtime::RuntimeError;
         match self {
@@ -39,8 +43,10 @@ impl Error {
             Self::Io(e)
             | Self::Runtime(RuntimeError::Io(e))
             | Self::Eval(EvalError::Io(e) | EvalError::Runtime(RuntimeError::Io(e)))
-            | Self::Ptq(PtqError::Io(e) | PtqError::Runtime(RuntimeError::Io(e))) => io_code(e),
-            Self::Runtime(_) | Self::Eval(_) | Self::Ptq(_) => 3,
+            | Self::Ptq(PtqError::Io(e) | PtqError::Runtime(RuntimeError::Io(e)))
+            | Self::Train(TrainError::Io(e)) => io_code(e),
+            Self::Train(TrainError::Diverged { .. } | TrainError::Communication(_)) => 1,
+            Self::Runtime(_) | Self::Eval(_) | Self::Ptq(_) | Self::Train(_) => 3,
         }
     }
 }

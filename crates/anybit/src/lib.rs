@@ -14,17 +14,20 @@
 
 pub use anybit_core as core;
 pub use anybit_eval as eval;
+pub use anybit_grad as grad;
 pub use anybit_io as io;
 pub use anybit_kernels as kernels;
 pub use anybit_ptq as ptq;
 pub use anybit_runtime as runtime;
 
 pub mod attribute;
+pub mod demo;
 pub mod error;
 pub mod frontier;
 pub mod machine;
 pub mod measure;
 pub mod quantize;
 pub mod stages;
+pub mod train;
 
 pub use error::{Error, Result};

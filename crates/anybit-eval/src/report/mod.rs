@@ -11,6 +11,7 @@ mod heatmap;
 mod page;
 mod plots;
 mod scaling;
+pub mod training;
 
 pub use frontier::{Frontier, FrontierPoint};
 pub use heatmap::Attribution;

@@ -9,6 +9,7 @@ pub mod chat;
 pub mod gguf;
 mod hf;
 mod pre;
+mod train;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use crate::gguf::GgufFile;
 use crate::{IoError, Result};
 use gguf::GgufVocab;
+pub use train::{BpeOptions, TrainedTokenizer, train_bpe};
 
 /// A tokenizer; clones share it.
 #[derive(Debug, Clone)]

@@ -1,8 +1,10 @@
 //! The command line: one file per command.
 
 mod attribute;
+mod bench_train;
 mod completions;
 mod convert;
+mod demo;
 mod doctor;
 mod eval;
 mod generate;
@@ -13,6 +15,7 @@ mod quantize;
 mod recipe;
 mod scaling;
 mod synth;
+mod train;
 mod verify;
 
 use anybit::Result;
@@ -40,6 +43,7 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Demo(demo::Args),
     Quantize(Box<quantize::Args>),
     Plan(Box<plan::Args>),
     Eval(eval::Args),
@@ -48,6 +52,8 @@ enum Command {
     Convert(convert::Args),
     Inspect(inspect::Args),
     Verify(verify::Args),
+    Train(train::Args),
+    BenchTrain(bench_train::Args),
     Scaling(scaling::Args),
     Doctor(doctor::Args),
     Synth(synth::Args),
@@ -63,6 +69,7 @@ pub fn run(cli: Cli) -> Result<()> {
     }
     let terminal = output::Terminal::new(cli.quiet);
     match cli.command {
+        Command::Demo(args) => demo::run(args, &terminal),
         Command::Quantize(args) => quantize::run(*args, &terminal),
         Command::Plan(args) => plan::run(*args, &terminal),
         Command::Eval(args) => eval::run(args, &terminal),
@@ -71,6 +78,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Convert(args) => convert::run(args, &terminal),
         Command::Inspect(args) => inspect::run(args, &terminal),
         Command::Verify(args) => verify::run(args, &terminal),
+        Command::Train(args) => train::run(args, &terminal),
+        Command::BenchTrain(args) => bench_train::run(args, &terminal),
         Command::Scaling(args) => scaling::run(args, &terminal),
         Command::Doctor(args) => doctor::run(args, &terminal),
         Command::Synth(args) => synth::run(args, &terminal),

@@ -1,0 +1,491 @@
+//! [`run`]: a recipe from texts to a report.
+//!
+//! | in `out/` | what |
+//! |---|---|
+//! | `recipe.json` | the recipe with everything that was left out |
+//! | `tokenizer/`, `data/` | the tokenizer, the tokenized texts |
+//! | `checkpoints/step-NNNNNNNN/` | see [`super::checkpoint`] |
+//! | `log.jsonl`, `events/` | losses, one JSON object a line; the same for TensorBoard |
+//! | `model/` | the result, see [`super::export`] |
+//! | `report.json` | what was reached |
+//!
+//! Rank 0 writes; the others read what it wrote.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anybit_io::atomic::write_bytes;
+use anybit_io::tokenizer::Tokenizer;
+use anybit_io::{Checkpoint, IoError, ModelConfig};
+use serde::{Deserialize, Serialize};
+
+use super::checkpoint::{self, Best, State};
+use super::corpus::{Corpus, tokenizer};
+use super::distributed::{Communicator, same_everywhere};
+use super::log::{JsonLines, Kind, Record, TensorBoard};
+use super::model::{block_parameters, initialize, preset, preset_names};
+use super::trainer::{NotFinite, StepReport, Trainer, cross_entropy};
+use super::{QuantizedDecoder, QuantizerRecipe, Result, TrainError, TrainRecipe, export};
+use crate::TrainDecoder;
+
+/// A loss this many times that of guessing evenly means that training ran away.
+const RAN_AWAY: f64 = 3.0;
+
+/// What happens while a run goes on.
+#[derive(Debug, Clone)]
+pub enum Event<'a> {
+    /// Bytes of text tokenized, and in all.
+    Tokenizing(u64, u64),
+    /// About to take the first step: steps taken before, and in all; tokens of a step; parameters.
+    Start {
+        /// Steps taken before.
+        step: u64,
+        /// Steps in all.
+        steps: u64,
+        /// Tokens of a step.
+        tokens: usize,
+        /// Parameters in all.
+        parameters: usize,
+    },
+    /// A step or validation was logged.
+    Logged(&'a Record),
+    /// A checkpoint was written.
+    Saved(&'a Path),
+}
+
+/// What a run reached.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainReport {
+    /// Cross-entropy over all validation tokens with the final weights, quantized as in training,
+    /// in nats per token; `None` without validation tokens.
+    pub validation_loss: Option<f64>,
+    /// Tokens that it is the mean of.
+    pub validation_tokens: usize,
+    /// The least validation loss between steps.
+    pub best: Option<Best>,
+    /// Loss of the last step's batch.
+    pub train_loss: f64,
+    /// Steps taken.
+    pub steps: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Parameters in all.
+    pub parameters: usize,
+    /// Parameters without embedding and head.
+    pub block_parameters: usize,
+    /// Seconds of this session, validation and checkpoints included.
+    pub seconds: f64,
+    /// Tokens per second of this session's steps: the median.
+    pub tokens_per_s: f64,
+    /// Processes that trained together.
+    pub ranks: usize,
+    /// Share of the entries of each operand that passes gradient at the end.
+    pub trusted: BTreeMap<String, f64>,
+    /// The estimators.
+    pub quantizer: QuantizerRecipe,
+    /// Folder of the model.
+    pub model: PathBuf,
+    /// What the model's files hold.
+    pub format: export::Format,
+}
+
+/// How to start.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RunOptions {
+    /// Go on from the newest checkpoint, if there is one.
+    pub resume: bool,
+    /// Begin anew where a run exists.
+    pub force: bool,
+}
+
+/// Trains as `recipe` says.
+///
+/// # Errors
+/// A recipe that cannot be used; texts, tokenizer or checkpoint that cannot be read; an output that
+/// exists; a loss or gradient that is no number.
+pub fn run(
+    recipe: &TrainRecipe,
+    options: RunOptions,
+    comm: &mut dyn Communicator,
+    watch: &mut dyn FnMut(Event<'_>),
+) -> Result<TrainReport> {
+    recipe.check()?;
+    let out = recipe.out.as_path();
+    let lock = prepare_folder(recipe, options, comm)?;
+    let (tokenizer, corpus) = texts(recipe, comm, watch)?;
+    let decoder = decoder(recipe, &tokenizer, &corpus)?;
+    let precision = recipe.train.precision;
+    let student = QuantizedDecoder::new(decoder, recipe.quantizer.clone(), precision)?;
+    let steps = recipe.train.total_steps(recipe.data.context);
+    let trainer = Trainer::new(student, &recipe.train, steps, recipe.data.context);
+    let mut session =
+        Session { recipe, out, corpus, trainer, steps, best: None, speeds: Vec::new() };
+    session.begin(options, comm)?;
+    let report = session.train(comm, watch)?;
+    drop(lock);
+    Ok(report)
+}
+
+/// Makes or checks the run's folder; the file is its lock, on rank 0.
+fn prepare_folder(
+    recipe: &TrainRecipe,
+    options: RunOptions,
+    comm: &mut dyn Communicator,
+) -> Result<Option<File>> {
+    let result = match comm.rank() {
+        0 => claim_folder(recipe, options).map(Some),
+        _ => Ok(None),
+    };
+    if result.is_ok() {
+        comm.barrier()?;
+    }
+    let hash = blake3::hash(json(recipe)?.as_bytes());
+    same_everywhere(comm, "the recipe", *hash.as_bytes())?;
+    result
+}
+
+fn json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string_pretty(value)
+        .map_err(|e| TrainError::recipe("recipe", format!("cannot be written as JSON: {e}")))
+}
+
+fn claim_folder(recipe: &TrainRecipe, options: RunOptions) -> Result<File> {
+    let out = &recipe.out;
+    let begun = out.join("recipe.json");
+    if begun.exists() && !options.resume && !options.force {
+        return Err(IoError::Exists { path: out.clone() }.into());
+    }
+    fs::create_dir_all(out).map_err(|e| IoError::file("create", out, e))?;
+    let path = out.join("lock");
+    let lock = File::create(&path).map_err(|e| IoError::file("create", &path, e))?;
+    if lock.try_lock().is_err() {
+        return Err(IoError::Busy { path: out.clone() }.into());
+    }
+    if begun.exists() && options.resume {
+        check_same(recipe, &begun)?;
+    } else {
+        for name in ["checkpoints", "events", "tokenizer", "data", "model", "log.jsonl"] {
+            let path = out.join(name);
+            let gone = match path.is_dir() {
+                true => fs::remove_dir_all(&path),
+                false if path.exists() => fs::remove_file(&path),
+                false => Ok(()),
+            };
+            gone.map_err(|e| IoError::file("remove", &path, e))?;
+        }
+    }
+    write_bytes(&begun, json(recipe)?.as_bytes())?;
+    Ok(lock)
+}
+
+/// Whether the run in a folder was begun with the same recipe.
+fn check_same(recipe: &TrainRecipe, path: &Path) -> Result<()> {
+    let text = fs::read_to_string(path).map_err(|e| IoError::file("read", path, e))?;
+    let before: TrainRecipe =
+        serde_json::from_str(&text).map_err(|e| IoError::damaged(path, e.to_string()))?;
+    let differs = [
+        ("seed", before.seed != recipe.seed),
+        ("model", before.model != recipe.model),
+        ("data", before.data != recipe.data),
+        ("quantizer", before.quantizer != recipe.quantizer),
+        ("train", before.train != recipe.train),
+    ];
+    match differs.into_iter().find(|(_, differs)| *differs) {
+        None => Ok(()),
+        Some((what, _)) => Err(TrainError::OtherRecipe { path: recipe.out.clone(), what }),
+    }
+}
+
+/// The tokenizer and the tokenized texts; rank 0 makes them.
+fn texts(
+    recipe: &TrainRecipe,
+    comm: &mut dyn Communicator,
+    watch: &mut dyn FnMut(Event<'_>),
+) -> Result<(Tokenizer, Corpus)> {
+    let mut make = || {
+        let init = recipe.model.init.as_deref();
+        let tokenizer = tokenizer(&recipe.data, init, &recipe.out.join("tokenizer"))?;
+        let bos = tokenizer.id_of("<s>");
+        let folder = recipe.out.join("data");
+        let mut progress = |done, total| watch(Event::Tokenizing(done, total));
+        let corpus =
+            Corpus::prepare(&recipe.data, &tokenizer, bos, recipe.seed, &folder, &mut progress)?;
+        Ok((tokenizer, corpus))
+    };
+    if comm.rank() == 0 {
+        let made: Result<(Tokenizer, Corpus)> = make();
+        if made.is_ok() {
+            comm.barrier()?;
+        }
+        let (tokenizer, corpus) = made?;
+        same_everywhere(comm, "the tokenized texts", corpus.key())?;
+        return Ok((tokenizer, corpus));
+    }
+    comm.barrier()?;
+    let (tokenizer, corpus) = make()?;
+    same_everywhere(comm, "the tokenized texts", corpus.key())?;
+    Ok((tokenizer, corpus))
+}
+
+/// The model before the first step.
+fn decoder(recipe: &TrainRecipe, tokenizer: &Tokenizer, corpus: &Corpus) -> Result<TrainDecoder> {
+    let (context, vocab) = (recipe.data.context, corpus.vocab_size());
+    if let Some(path) = &recipe.model.init {
+        let checkpoint = Checkpoint::open(path)?;
+        let known = checkpoint.config.vocab_size;
+        if vocab > known {
+            let what = format!("has {vocab} tokens, but the model of model.init only {known}");
+            return Err(TrainError::recipe("data.tokenizer", what));
+        }
+        return Ok(TrainDecoder::load(&checkpoint, context)?);
+    }
+    let mut config = match (&recipe.model.preset, &recipe.model.config) {
+        (Some(name), _) => preset(name, vocab, context).ok_or_else(|| {
+            TrainError::recipe("model.preset", format!("{name} is none of {}", preset_names()))
+        })?,
+        (None, Some(path)) => {
+            let text = fs::read_to_string(path).map_err(|e| IoError::file("read", path, e))?;
+            let mut config = ModelConfig::from_json(&text, path)?;
+            config.vocab_size = vocab;
+            config.max_positions = config.max_positions.max(context);
+            config
+        }
+        (None, None) => return Err(TrainError::recipe("model", "is empty")),
+    };
+    if let Some(tied) = recipe.model.tie_embeddings {
+        config.tie_embeddings = tied;
+    }
+    config.bos_token_id = tokenizer.id_of("<s>");
+    config.eos_token_ids = tokenizer.id_of("</s>").into_iter().collect();
+    config.validate(&recipe.out)?;
+    Ok(initialize(&config, recipe.seed, context))
+}
+
+/// A run between its first and its last step.
+struct Session<'a> {
+    recipe: &'a TrainRecipe,
+    out: &'a Path,
+    corpus: Corpus,
+    trainer: Trainer,
+    steps: u64,
+    best: Option<Best>,
+    /// Tokens per second of each step.
+    speeds: Vec<f64>,
+}
+
+/// Where losses go, on rank 0.
+struct Logs {
+    lines: JsonLines,
+    board: TensorBoard,
+}
+
+fn wall_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+}
+
+impl Logs {
+    fn open(out: &Path, resumed: Option<u64>) -> Result<Self> {
+        let events = out.join("events");
+        fs::create_dir_all(&events).map_err(|e| IoError::file("create", &events, e))?;
+        let lines = JsonLines::open(&out.join("log.jsonl"), resumed)?;
+        Ok(Self { lines, board: TensorBoard::create(&events, wall_time(), resumed)? })
+    }
+
+    fn write(&mut self, record: &Record) -> Result<()> {
+        self.lines.write(record)?;
+        Ok(self.board.record(record, wall_time())?)
+    }
+}
+
+impl Session<'_> {
+    /// Initializes what is found on data, and takes up the newest checkpoint.
+    fn begin(&mut self, options: RunOptions, comm: &mut dyn Communicator) -> Result<()> {
+        let context = self.recipe.data.context;
+        let (first, _) = self.corpus.batch(0..1)?;
+        self.trainer.student.initialize_activations(&first, context)?;
+        if options.resume
+            && let Some(step) = checkpoint::list(self.out)?.pop()
+        {
+            let folder = checkpoint::folder(self.out, step);
+            let (state, adam) = checkpoint::load(&folder, &mut self.trainer.student)?;
+            (self.trainer.adam, self.trainer.step, self.best) = (adam, state.step, state.best);
+        }
+        let mut hash = blake3::Hasher::new();
+        for (name, tensor, _) in self.trainer.student.parameters() {
+            hash.update(name.as_bytes());
+            hash.update(bytemuck::cast_slice(tensor.data()));
+        }
+        Ok(same_everywhere(comm, "the parameters", *hash.finalize().as_bytes())?)
+    }
+
+    fn train(
+        &mut self,
+        comm: &mut dyn Communicator,
+        watch: &mut dyn FnMut(Event<'_>),
+    ) -> Result<TrainReport> {
+        let started = Instant::now();
+        let settings = &self.recipe.train;
+        let tokens = settings.batch * self.recipe.data.context;
+        let validate_every = settings.validate_every.unwrap_or(self.steps.div_ceil(20));
+        let checkpoint_every = settings.checkpoint_every.unwrap_or(self.steps.div_ceil(10));
+        let resumed = (self.trainer.step > 0).then_some(self.trainer.step);
+        let mut logs = match comm.rank() {
+            0 => Some(Logs::open(self.out, resumed)?),
+            _ => None,
+        };
+        let parameters = self.trainer.student.parameters().iter().map(|p| p.1.len()).sum();
+        let step = self.trainer.step;
+        watch(Event::Start { step, steps: self.steps, tokens, parameters });
+        let mut train_loss = f64::NAN;
+        while self.trainer.step < self.steps {
+            let report = self.step(comm)?;
+            train_loss = report.loss;
+            let speed = self.speeds.last().copied();
+            let at = (self.trainer.step, self.trainer.step * tokens as u64);
+            self.log(logs.as_mut(), &step_record(report, at, speed, started), watch)?;
+            let (done, last) = (self.trainer.step, self.trainer.step == self.steps);
+            let save = last || done.is_multiple_of(checkpoint_every);
+            if save || done.is_multiple_of(validate_every) {
+                let record = self.validation(at, settings.validation_sequences, comm)?;
+                if let Some(record) = record {
+                    self.log(logs.as_mut(), &record, watch)?;
+                }
+            }
+            if save && comm.rank() == 0 {
+                self.save(watch)?;
+            }
+        }
+        self.report(train_loss, started, comm)
+    }
+
+    /// One step that ends well, or the reason why not.
+    fn step(&mut self, comm: &mut dyn Communicator) -> Result<StepReport> {
+        let started = Instant::now();
+        let tokens = (self.recipe.train.batch * self.recipe.data.context) as f64;
+        let found = self.trainer.step(&mut self.corpus, comm, &mut cross_entropy)?;
+        let limit = RAN_AWAY * (self.corpus.vocab_size() as f64).ln();
+        let found = found.and_then(|report| match report.loss > limit {
+            false => Ok(report),
+            true => Err(NotFinite {
+                what: format!("the loss is {}, {RAN_AWAY} times that of guessing", report.loss),
+                place: "the loss".into(),
+            }),
+        });
+        self.speeds.push(tokens / started.elapsed().as_secs_f64());
+        let step = self.trainer.step;
+        found.or_else(|NotFinite { what, place }| {
+            let newest = checkpoint::list(self.out)?.pop();
+            let folder = |step| checkpoint::folder(self.out, step).display().to_string();
+            let checkpoint = newest.map_or("none yet".into(), folder);
+            Err(TrainError::Diverged { step, what, place, checkpoint })
+        })
+    }
+
+    fn log(
+        &self,
+        logs: Option<&mut Logs>,
+        record: &Record,
+        watch: &mut dyn FnMut(Event<'_>),
+    ) -> Result<()> {
+        if let Some(logs) = logs {
+            logs.write(record)?;
+        }
+        watch(Event::Logged(record));
+        Ok(())
+    }
+
+    /// Validates on at most `most` sequences.
+    fn validation(
+        &mut self,
+        (step, tokens): (u64, u64),
+        most: usize,
+        comm: &mut dyn Communicator,
+    ) -> Result<Option<Record>> {
+        let windows = self.corpus.validation_windows().min(most);
+        if windows == 0 {
+            return Ok(None);
+        }
+        let loss = self.trainer.validate(&self.corpus, 0..windows, comm)?;
+        if self.best.is_none_or(|best| loss < best.loss) {
+            self.best = Some(Best { step, loss });
+        }
+        let trusted = self.trainer.trusted_shares(&self.corpus)?;
+        Ok(Some(Record { trusted, ..Record::new(Kind::Validation, step, tokens, loss) }))
+    }
+
+    fn save(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<()> {
+        let state = State {
+            step: self.trainer.step,
+            best: self.best,
+            recipe: self.recipe.clone(),
+            files: BTreeMap::new(),
+        };
+        let Trainer { student, adam, .. } = &mut self.trainer;
+        checkpoint::save(self.out, student, adam, state, &self.out.join("tokenizer"))?;
+        checkpoint::prune(self.out, self.recipe.train.keep, self.best.map(|best| best.step))?;
+        watch(Event::Saved(&checkpoint::folder(self.out, self.trainer.step)));
+        Ok(())
+    }
+
+    /// The last validation, the model, the report.
+    fn report(
+        &mut self,
+        train_loss: f64,
+        started: Instant,
+        comm: &mut dyn Communicator,
+    ) -> Result<TrainReport> {
+        let windows = self.corpus.validation_windows();
+        let validation_loss = match windows {
+            0 => None,
+            n => Some(self.trainer.validate(&self.corpus, 0..n, comm)?),
+        };
+        let trusted = self.trainer.trusted_shares(&self.corpus)?;
+        let model = self.out.join("model");
+        let format = export::format(&self.trainer.student);
+        if comm.rank() == 0 {
+            export::write(&mut self.trainer.student, self.recipe, &model)?;
+        }
+        self.speeds.sort_by(f64::total_cmp);
+        let context = self.recipe.data.context;
+        let parameters = self.trainer.student.parameters().iter().map(|p| p.1.len()).sum();
+        let report = TrainReport {
+            validation_loss,
+            validation_tokens: windows * context,
+            best: self.best,
+            train_loss,
+            steps: self.steps,
+            tokens: self.steps * (self.recipe.train.batch * context) as u64,
+            parameters,
+            block_parameters: block_parameters(&self.trainer.student.decoder.config),
+            seconds: started.elapsed().as_secs_f64(),
+            tokens_per_s: self.speeds.get(self.speeds.len() / 2).copied().unwrap_or(0.0),
+            ranks: comm.size(),
+            trusted,
+            quantizer: self.recipe.quantizer.clone(),
+            model,
+            format,
+        };
+        if comm.rank() == 0 {
+            write_bytes(&self.out.join("report.json"), json(&report)?.as_bytes())?;
+        }
+        comm.barrier()?;
+        Ok(report)
+    }
+}
+
+fn step_record(
+    report: StepReport,
+    (step, tokens): (u64, u64),
+    speed: Option<f64>,
+    started: Instant,
+) -> Record {
+    Record {
+        lr: Some(report.lr),
+        grad_norm: Some(report.grad_norm),
+        tokens_per_s: speed,
+        seconds: Some(started.elapsed().as_secs_f64()),
+        ..Record::new(Kind::Step, step, tokens, report.loss)
+    }
+}

@@ -1,0 +1,201 @@
+//! `anybit demo`: a small model that comes with the program, quantized by every method at several
+//! widths, and each compared with the original on a text that none of them has seen.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anybit_eval::report::training::table_plot;
+use anybit_eval::{BUILTIN_TEXT, Convention};
+use anybit_io::Checkpoint;
+use anybit_io::atomic::{PartialFolder, write_bytes};
+use anybit_ptq::recipe::CalibrationRecipe;
+use anybit_ptq::{Recipe, methods, transforms};
+use serde::Serialize;
+
+use crate::{Result, measure, quantize};
+
+/// The model's files by name: a Llama of 1.3 million parameters, trained by `anybit train` on novels
+/// in the public domain; recipe and licence are beside them in the source.
+const MODEL: [(&str, &[u8]); 4] = [
+    ("config.json", include_bytes!("../demo/config.json")),
+    ("model.safetensors", include_bytes!("../demo/model.safetensors")),
+    ("tokenizer.json", include_bytes!("../demo/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../demo/tokenizer_config.json")),
+];
+
+/// Tokens of a window, for calibration and evaluation: what the model was trained on.
+const CTX: usize = 128;
+
+/// What to do.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Folder for the models, the plot and the table.
+    pub out: PathBuf,
+    /// Replace an existing folder.
+    pub force: bool,
+    /// Widths, in bits.
+    pub bits: Vec<u8>,
+    /// Tokens to calibrate on.
+    pub calibration_tokens: usize,
+    /// Tokens to compare on.
+    pub tokens: usize,
+}
+
+impl Options {
+    /// The defaults for an output folder.
+    pub fn new(out: impl Into<PathBuf>) -> Self {
+        let (calibration_tokens, tokens) = (8192, 4096);
+        Self { out: out.into(), force: false, bits: vec![2, 3, 4], calibration_tokens, tokens }
+    }
+}
+
+/// One quantized model.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// Its method; a transform stands for itself with weights rounded by GPTQ.
+    pub method: String,
+    /// Bits of a weight, and of activations and cache where a transform is named.
+    pub bits: u8,
+    /// Whether activations and cache are quantized too.
+    pub activations: bool,
+    /// Everything stored for the linears, in bits per weight.
+    pub total_bits: Option<f64>,
+    /// Bytes of the weight file.
+    pub bytes: u64,
+    /// KL divergence from the original, in nats per token.
+    pub kl: Option<f64>,
+    /// Perplexity.
+    pub perplexity: f64,
+    /// Seconds that quantizing took.
+    pub seconds: f64,
+}
+
+/// All of them.
+#[derive(Debug, Clone, Serialize)]
+pub struct DemoReport {
+    /// Perplexity of the original.
+    pub perplexity: f64,
+    /// Bytes of its weight file.
+    pub bytes: u64,
+    /// The quantized models, by method.
+    pub rows: Vec<Row>,
+}
+
+/// Writes the model's files into `folder`.
+///
+/// # Errors
+/// The folder exists, or cannot be written.
+pub fn write_model(folder: &Path, force: bool) -> Result<()> {
+    let partial = PartialFolder::create(folder, false, force)?;
+    for (name, bytes) in MODEL {
+        write_bytes(&partial.path().join(name), bytes)?;
+    }
+    Ok(partial.finish()?)
+}
+
+/// Everything that is tried at `bits`: a name, and its recipe. Weights alone by every method, and
+/// weights, activations and cache behind every transform.
+fn recipes(bits: u8, tokens: usize) -> Vec<(String, Recipe)> {
+    let calibration =
+        CalibrationRecipe { tokens, seqlen: CTX, gradient_tokens: tokens, ..Default::default() };
+    let base = Recipe { bits: f64::from(bits), calibration, ..Recipe::default() };
+    let weights = methods::names().into_iter().map(|name| {
+        let mut recipe = Recipe { method: name.into(), ..base.clone() };
+        recipe.group_size = Some(64);
+        if methods::allocating().contains(&name) {
+            recipe.group_size = None;
+        }
+        (name.to_string(), recipe)
+    });
+    let behind = transforms::names().into_iter().filter(|name| *name != transforms::NONE);
+    let transformed = behind.map(|name| {
+        let mut recipe = Recipe { method: "gptq".into(), transform: name.into(), ..base.clone() };
+        (recipe.a_bits, recipe.kv_bits) = (Some(bits), Some(bits));
+        if name == "flatquant" {
+            recipe.transform_options.insert("effort".into(), "fast".into());
+        }
+        (format!("{name} W{bits}A{bits}KV{bits}"), recipe)
+    });
+    weights.chain(transformed).collect()
+}
+
+/// Runs the demo; `progress` hears models done and in all.
+///
+/// # Errors
+/// The folder exists, or cannot be written.
+pub fn run(options: &Options, progress: &mut dyn FnMut(usize, usize)) -> Result<DemoReport> {
+    anybit_io::atomic::check_absent(&options.out, options.force)?;
+    let reference = options.out.join("original");
+    write_model(&reference, options.force)?;
+    let checkpoint = Checkpoint::open(&reference)?;
+    let jobs: Vec<(u8, String, Recipe)> = options
+        .bits
+        .iter()
+        .flat_map(|bits| {
+            let all = recipes(*bits, options.calibration_tokens);
+            all.into_iter().map(|(name, recipe)| (*bits, name, recipe))
+        })
+        .collect();
+    let (mut rows, mut folders) = (Vec::new(), vec![reference.clone()]);
+    for (done, (bits, name, recipe)) in jobs.iter().enumerate() {
+        progress(done, jobs.len() + 1);
+        let out = options.out.join(format!("{}-{bits}", name.replace(' ', "-")));
+        let mut run = quantize::Options::new(&out);
+        (run.force, run.report_tokens) = (options.force, 0);
+        let start = Instant::now();
+        quantize::run(&checkpoint, recipe, &run, &mut |_| {})?;
+        rows.push(Row {
+            method: name.clone(),
+            bits: *bits,
+            activations: recipe.a_bits.is_some(),
+            total_bits: None,
+            bytes: 0,
+            kl: None,
+            perplexity: f64::NAN,
+            seconds: start.elapsed().as_secs_f64(),
+        });
+        folders.push(out);
+    }
+    progress(jobs.len(), jobs.len() + 1);
+    let report = score(options, folders, rows)?;
+    write_bytes(&options.out.join("demo.svg"), plot(&options.bits, &report)?.as_bytes())?;
+    Ok(report)
+}
+
+/// Compares all with the original at once.
+fn score(options: &Options, folders: Vec<PathBuf>, mut rows: Vec<Row>) -> Result<DemoReport> {
+    let compare = measure::Options {
+        reference: folders.first().cloned(),
+        models: folders,
+        ctx: CTX,
+        convention: Convention::Hf,
+        limit_tokens: Some(options.tokens),
+    };
+    let scores = measure::run(&compare, BUILTIN_TEXT, &mut |_, _| {})?;
+    for (row, score) in rows.iter_mut().zip(&scores[1..]) {
+        row.total_bits = score.bits_per_weight_total;
+        row.bytes = score.file_bytes;
+        row.kl = score.kl_mean;
+        row.perplexity = score.perplexity;
+    }
+    Ok(DemoReport { perplexity: scores[0].perplexity, bytes: scores[0].file_bytes, rows })
+}
+
+/// KL divergence over bits, a line per method.
+fn plot(bits: &[u8], report: &DemoReport) -> Result<String> {
+    let short = |row: &Row| row.method.split(' ').next().unwrap_or_default().to_string();
+    let mut names: Vec<String> = Vec::new();
+    for row in &report.rows {
+        if !names.contains(&short(row)) {
+            names.push(short(row));
+        }
+    }
+    let value = |name: &String, bits: u8| {
+        let row = report.rows.iter().find(|row| short(row) == *name && row.bits == bits);
+        row.and_then(|row| row.kl)
+    };
+    let values: Vec<Vec<Option<f64>>> =
+        names.iter().map(|name| bits.iter().map(|b| value(name, *b)).collect()).collect();
+    let columns: Vec<String> = bits.iter().map(|b| format!("{b} bits")).collect();
+    Ok(table_plot(&names, &columns, &values, "KL divergence, nats per token")?)
+}

@@ -1,0 +1,204 @@
+//! Training from the command line: it learns, goes on where it was cut bit by bit, depends on no
+//! number of threads, and refuses what it cannot do with a reason.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::{Lab, Run, contents, entries, prose};
+use serde_json::Value;
+
+const USAGE: i32 = 2;
+const INPUT: i32 = 3;
+const OUTPUT: i32 = 4;
+
+/// A model of two layers on a text of few words; `quantizer` is that section's body.
+fn recipe(quantizer: &str, train: &str) -> String {
+    format!(
+        r#"
+out = "run"
+seed = 1
+[model]
+preset = "tiny"
+[data]
+train = ["text.txt"]
+context = 32
+validation_share = 0.1
+tokenizer = {{ vocab_size = 300 }}
+[quantizer]
+{quantizer}
+[train]
+batch = 8
+lr = 3e-3
+{train}
+"#
+    )
+}
+
+const QUEST: &str = r#"
+weights = { type = "quest", bits = 4, hadamard = 32 }
+activations = { type = "quest", bits = 4, hadamard = 32 }
+"#;
+
+const LEARNED: &str = r#"
+weights = { type = "lsq", bits = 4 }
+activations = { type = "lsq_plus_activation", bits = 4 }
+"#;
+
+fn lab(recipe: &str) -> Lab {
+    let lab = Lab::empty();
+    fs::write(lab.path("text.txt"), prose(6000, 1)).unwrap();
+    fs::write(lab.path("recipe.toml"), recipe).unwrap();
+    lab
+}
+
+fn losses(folder: &Path) -> Vec<(u64, f64)> {
+    let text = fs::read_to_string(folder.join("log.jsonl")).unwrap();
+    let records = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let steps = records.filter(|r| r["kind"] == "step");
+    steps.map(|r| (r["step"].as_u64().unwrap(), r["loss"].as_f64().unwrap())).collect()
+}
+
+/// All that a run leaves but what holds times.
+fn lasting(lab: &Lab, run: &str) -> (Vec<(u64, f64)>, Vec<Vec<u8>>) {
+    let folder = lab.path(run);
+    let mut files = contents(&folder.join("model")).into_values().collect::<Vec<_>>();
+    for step in entries(&folder.join("checkpoints")) {
+        let checkpoint = contents(&folder.join("checkpoints").join(step));
+        files.extend(checkpoint.into_iter().filter(|(n, _)| n != "state.json").map(|(_, f)| f));
+    }
+    (losses(&folder), files)
+}
+
+#[test]
+fn it_learns_and_says_what_it_did() {
+    let lab = lab(&recipe(QUEST, "steps = 60"));
+    let report = lab.command("train recipe.toml --json -");
+    let report = Run::of("train", report).json();
+    let loss = report["validation_loss"].as_f64().unwrap();
+    // Words drawn evenly from sixteen: about 2.8 nats a word, and tokens are about words.
+    let first = losses(&lab.path("run"))[0].1;
+    assert!(first > 5.0 && loss < 0.6 * first, "{first} to {loss}");
+    assert!(report["trusted"]["model.layers.0.attn_input"].as_f64().unwrap() > 0.9);
+    assert_eq!(report["steps"], 60);
+    let names = entries(&lab.path("run"));
+    for name in ["checkpoints", "events", "log.jsonl", "loss.svg", "model", "report.json"] {
+        assert!(names.iter().any(|n| n == name), "{name} is missing: {names:?}");
+    }
+    // Two newest checkpoints, and the best if it is another.
+    assert!((2..=3).contains(&entries(&lab.path("run/checkpoints")).len()));
+    lab.ok("inspect run/model");
+    lab.ok("verify run/model");
+}
+
+#[test]
+fn cut_anywhere_it_ends_in_the_same_bytes() {
+    for quantizer in [QUEST, LEARNED] {
+        let lab = lab(&recipe(quantizer, "steps = 24\ncheckpoint_every = 6\nmicro_batch = 4"));
+        lab.ok("train recipe.toml --out whole --threads 1");
+        let mut child =
+            lab.command("--quiet train recipe.toml --out cut --threads 2").spawn().unwrap();
+        let checkpoint = lab.path("cut/checkpoints/step-00000006/state.json");
+        let start = Instant::now();
+        while !checkpoint.exists() {
+            assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint");
+            assert!(child.try_wait().unwrap().is_none() || checkpoint.exists(), "it ended early");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        lab.ok("train recipe.toml --out cut --threads 2 --resume");
+        let (whole, cut) = (lasting(&lab, "whole"), lasting(&lab, "cut"));
+        assert_eq!(whole.0, cut.0);
+        assert!(whole.1 == cut.1, "files differ");
+    }
+}
+
+#[test]
+fn accumulated_gradients_are_those_of_the_batch() {
+    let lab = lab(&recipe(QUEST, "steps = 10"));
+    lab.ok("train recipe.toml --out whole");
+    lab.ok("train recipe.toml --out parts --set train.micro_batch=2");
+    for (a, b) in losses(&lab.path("whole")).iter().zip(losses(&lab.path("parts"))) {
+        assert!((a.1 - b.1).abs() < 2e-3, "step {}: {} and {}", a.0, a.1, b.1);
+    }
+}
+
+#[test]
+fn training_goes_on_from_a_quantized_model() {
+    let lab = lab(&recipe("", "steps = 30"));
+    lab.ok("train recipe.toml --out dense");
+    fs::write(lab.path("calib.txt"), prose(600, 3)).unwrap();
+    lab.ok("quantize dense/model --method rtn --bits 2 --group-size 32 --calib calib.txt \
+         --calib-tokens 128 --seqlen 32 --report-tokens 0 --out packed");
+    let tuned = recipe(QUEST, "steps = 15")
+        .replace("preset = \"tiny\"", "init = \"packed\"")
+        .replace("tokenizer = { vocab_size = 300 }", "");
+    fs::write(lab.path("tuned.toml"), tuned).unwrap();
+    lab.ok("train tuned.toml --out tuned");
+    let losses = losses(&lab.path("tuned"));
+    let (first, last) = (losses[0].1, losses[losses.len() - 1].1);
+    assert!(last < first, "{first} to {last}");
+}
+
+#[test]
+fn what_cannot_be_done_is_said_before_anything_is_written() {
+    let lab = lab(&recipe(QUEST, "steps = 4"));
+    let refuse = |set: &str, code: i32, words: &[&str]| {
+        lab.refuses(&format!("train recipe.toml --out out --set {set}"), code, words);
+    };
+    refuse("quantizer.weights.bits=9", INPUT, &["quantizer.weights", "9"]);
+    refuse("quantizer.weights.hadamard=128", INPUT, &["hadamard"]);
+    refuse("quantizer.weights.kind='quest'", USAGE, &["kind"]);
+    refuse("train.lr=-1", INPUT, &["train.lr"]);
+    refuse("train.spets=4", USAGE, &["spets"]);
+    refuse("train.batch=0", INPUT, &["train.batch"]);
+    lab.run("train none.toml --out out").refused(INPUT, &["none.toml"]);
+}
+
+#[test]
+fn what_is_found_on_the_way_names_the_place() {
+    let lab = lab(&recipe(QUEST, "steps = 4\ncheckpoint_every = 2"));
+    let mut other = recipe(QUEST, "steps = 4").replace("text.txt", "short.txt");
+    fs::write(lab.path("short.txt"), "a b c").unwrap();
+    fs::write(lab.path("short.toml"), &other).unwrap();
+    lab.run("train short.toml --out out").refused(INPUT, &["context"]);
+    other = other.replace("short.txt", "missing.txt");
+    fs::write(lab.path("missing.toml"), other).unwrap();
+    lab.run("train missing.toml --out out2").refused(INPUT, &["missing.txt"]);
+    // Every block of the tiny model is 64 or 192 wide.
+    let wide = "quantizer.weights.hadamard=128 --set quantizer.activations.hadamard=128";
+    lab.run(&format!("train recipe.toml --out out3 --set {wide}"))
+        .refused(INPUT, &["q_proj", "K = 64", "128"]);
+    lab.run("train recipe.toml --out out4 --set train.lr=1e9 --set train.steps=40")
+        .refused(1, &["step", "checkpoint"]);
+
+    lab.ok("train recipe.toml");
+    lab.run("train recipe.toml").refused(OUTPUT, &["run exists", "--force"]);
+    lab.run("train recipe.toml --resume --set train.lr=1e-4").refused(INPUT, &["train differs"]);
+    // A byte of the newest checkpoint changes.
+    let path = lab.path("run/checkpoints/step-00000004/training.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let at = bytes.len() - 5;
+    bytes[at] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    lab.run("train recipe.toml --resume")
+        .refused(INPUT, &["step-00000004", "training.safetensors", "hash"]);
+    fs::remove_dir_all(lab.path("run/checkpoints/step-00000004")).unwrap();
+    lab.ok("train recipe.toml --resume");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_keeps_the_checkpoint_before() {
+    let lab = lab(&recipe(QUEST, "steps = 8\ncheckpoint_every = 4"));
+    lab.ok("train recipe.toml --out whole");
+    // Room for the tokens, not for the moments.
+    let limited = lab.limited("-f 600", "train recipe.toml --out cut");
+    Run::of("train", limited).refused(OUTPUT, &["write"]);
+    assert!(entries(&lab.path("cut/checkpoints")).iter().all(|n| !n.ends_with("00000004")));
+    lab.ok("train recipe.toml --out cut --resume");
+    assert_eq!(lasting(&lab, "whole").0, lasting(&lab, "cut").0);
+}
