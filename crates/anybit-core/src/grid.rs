@@ -215,11 +215,8 @@ impl GroupGrid {
             }
             _ => 2.0 * magnitude / levels,
         };
-        let scale = match spec.has_exact_scales() {
-            true => exact,
-            false => round_scale(exact)
-                .ok_or(CoreError::ScaleOverflow { row: 0, group: 0, magnitude })?,
-        };
+        let rounded = if spec.has_exact_scales() { Some(exact) } else { round_scale(exact) };
+        let scale = rounded.ok_or(CoreError::ScaleOverflow { row: 0, group: 0, magnitude })?;
         let zero = match spec {
             GridSpec::Uniform { symmetric: false, .. } if scale > 0.0 => {
                 (-lo / scale).round_ties_even().clamp(0.0, levels)

@@ -27,8 +27,8 @@ pub struct PackedRows {
     codes: Vec<u8>,
     /// `[rows, segments]`.
     scales: Vec<f16>,
-    /// `[rows, segments]`, in code units, re-centred as codes are; unused by half-integer grids, whose
-    /// zero point is −½.
+    /// `[rows, segments]`, in code units, re-centred as codes are; unused by half-integer grids,
+    /// whose zero point is −½.
     zeros: Vec<i8>,
 }
 

@@ -1,5 +1,5 @@
-//! Weights on the grid that they were trained on ([`crate::half_integer`]): the codes and the steps of
-//! the training graph, to the bit.
+//! Weights on the grid that they were trained on ([`crate::half_integer`]): the codes and the steps
+//! of the training graph, to the bit.
 
 use rayon::prelude::*;
 

@@ -1,8 +1,9 @@
 //! Rounding: how the weights of one matrix are put on a grid.
 //!
-//! [`nearest`] needs the weights alone, and so does [`half_integer()`], for weights that were trained
-//! on their grid; [`gptq`] also needs the Gram matrix of the inputs. All return a [`crate::Plane`] and leave the decoded result to be read back from it, so that what
-//! is measured is what is stored.
+//! [`nearest`] needs the weights alone, and so does [`half_integer()`], for weights that were
+//! trained on their grid; [`gptq`] also needs the Gram matrix of the inputs. All return a
+//! [`crate::Plane`] and leave the decoded result to be read back from it, so that what is measured
+//! is what is stored.
 
 pub mod gptq;
 pub mod half_integer;

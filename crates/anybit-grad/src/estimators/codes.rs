@@ -12,9 +12,9 @@ use super::rotation::{Form, Rotation};
 /// (u − (2^b − 1)/2) · s
 /// ```
 ///
-/// to the bit. That is `anybit_core::GridSpec::HalfInteger` with one group per row and exact scales;
-/// `u = q + 2^(b−1)` of the signed codes that QuEST's kernels take. Whole matrices are packed by
-/// `anybit_core::rounding::half_integer`.
+/// to the bit. That is `anybit_core::GridSpec::HalfInteger` with one group per row and exact
+/// scales; `u = q + 2^(b−1)` of the signed codes that QuEST's kernels take. Whole matrices are
+/// packed by `anybit_core::rounding::half_integer`.
 ///
 /// # Errors
 /// [`EstimatorError`] when the bits are not 1 to 8, or the row is not made of whole blocks of a

@@ -6,9 +6,10 @@
 //! Σ (u − z_w)(a − z_a)·s_w·s_a = ¼·s_w·s_a·[ 2·(2·Σ u·a − 2z_a·Σ u) − 2z_w·Σ (2a − 2z_a) ]
 //! ```
 //!
-//! The bracket is an exact integer: `2z_w` and `2z_a` are, for half-integer grids too. `Σ u` is known
-//! when the weight is loaded and `Σ (2a − 2z_a)` once per token, which leaves one dot product of
-//! unsigned with signed bytes per group: the fastest thing that a processor does with such numbers.
+//! The bracket is an exact integer: `2z_w` and `2z_a` are, for half-integer grids too. `Σ u` is
+//! known when the weight is loaded and `Σ (2a − 2z_a)` once per token, which leaves one dot product
+//! of unsigned with signed bytes per group: the fastest thing that a processor does with such
+//! numbers.
 //!
 //! Integers are exact and groups are added in their order, so a result has the same bits whatever
 //! the instruction set, the tiles and the number of threads.

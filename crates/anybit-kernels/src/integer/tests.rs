@@ -44,8 +44,8 @@ fn values(x: &QuantizedRows) -> Vec<f32> {
     x.codes.iter().enumerate().map(value).collect()
 }
 
-/// The integers from decoded weights: `2w / s` is an integer but for the rounding of `w` where scales
-/// are exact.
+/// The integers from decoded weights: `2w / s` is an integer, but for the rounding of `w` where
+/// scales are exact.
 fn naive(q: &QuantizedMatrix, x: &QuantizedRows, token: usize, row: usize) -> Vec<i64> {
     let decoded = q.dequantize();
     let mut out = Vec::new();
