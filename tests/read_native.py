@@ -5,7 +5,7 @@ or exits with 1 at the first difference. Usage: python tests/read_native.py DIR"
 import json, pathlib, struct, sys
 import numpy as np
 
-TYPES = {"U32": "<u4", "U16": "<u2", "F16": "<f2"}  # all that packed parts are made of
+TYPES = {"U32": "<u4", "U16": "<u2", "F16": "<f2", "F32": "<f4"}  # of packed parts
 
 def read_parts(folder):
     parts = {}

@@ -12,11 +12,14 @@
 //!
 //! and the value is `(q − z)·s`; rounding is to even. A segment of zeros has scale 1 (symmetric) or
 //! range −1 to 1. (ResQ, section 1.6 of its specification; FlatQuant, 1.6.)
+//!
+//! With a [`RowScale`] the grid is the half-integer one that weights and activations are trained on
+//! ([`crate::half_integer`]): `z = −½`, `q = clamp(floor(x/s), −2^(b−1), 2^(b−1) − 1)`.
 
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use crate::{CoreError, Result};
+use crate::{CoreError, HalfIntegerGrid, Result, RowScale};
 
 /// Columns that share a grid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +27,7 @@ use crate::{CoreError, Result};
 pub struct Segment {
     /// Columns.
     pub cols: usize,
-    /// Bits of a code, 2 to 8.
+    /// Bits of a code, 2 to 8; half-integer 1 to 8.
     pub bits: u8,
 }
 
@@ -40,6 +43,9 @@ pub struct ActivationQuantizer {
     pub clip: (f32, f32),
     /// Whether scales are rounded to f16: those of the cache, which are stored.
     pub half: bool,
+    /// What the ends of half-integer grids follow; none for grids of the extremes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub row_scale: Option<RowScale>,
 }
 
 /// The grid of one segment of one row; codes are signed, asymmetric ones re-centred by `2^(b−1)`.
@@ -47,19 +53,26 @@ pub struct ActivationQuantizer {
 pub struct ActivationGrid {
     /// Step.
     pub scale: f32,
-    /// Zero point, in units of codes.
+    /// Zero point, in units of codes: an integer, or −½.
     pub zero: f32,
     /// Least code.
     pub min: f32,
     /// Largest code.
     pub max: f32,
+    /// Whether a code is the integer below instead of the nearest: half-integer grids.
+    pub floor: bool,
 }
 
 impl ActivationGrid {
     /// Code of `x`.
     #[inline(always)]
     pub fn encode(&self, x: f32) -> f32 {
-        ((x / self.scale).round_ties_even() + self.zero).clamp(self.min, self.max)
+        let steps = x / self.scale;
+        let code = match self.floor {
+            true => steps.floor(),
+            false => steps.round_ties_even() + self.zero,
+        };
+        code.clamp(self.min, self.max)
     }
 
     /// Value of a code.
@@ -79,7 +92,12 @@ impl ActivationQuantizer {
     pub fn tiered(cols: usize, bits: u8, high: usize, high_bits: u8, symmetric: bool) -> Self {
         let parts = [Segment { cols: cols - high, bits }, Segment { cols: high, bits: high_bits }];
         let segments = parts.into_iter().filter(|s| s.cols > 0).collect();
-        Self { segments, symmetric, clip: (1.0, 1.0), half: false }
+        Self { segments, symmetric, clip: (1.0, 1.0), half: false, row_scale: None }
+    }
+
+    /// One half-integer grid for rows of `cols`, as they are trained with.
+    pub fn half_integer(cols: usize, bits: u8, scale: RowScale) -> Self {
+        Self { row_scale: Some(scale), ..Self::plain(cols, bits, true) }
     }
 
     /// Columns of a row.
@@ -101,7 +119,8 @@ impl ActivationQuantizer {
     /// Checks it against rows of `cols`.
     ///
     /// # Errors
-    /// Segments that do not tile a row, bits that no grid has, clips outside `(0, 1]`.
+    /// Segments that do not tile a row, bits that no grid has, clips outside `(0, 1]`, half-integer
+    /// grids with clips or without symmetry.
     pub fn validate(&self, cols: usize) -> Result<()> {
         let fail = |expected: String, found: String| {
             Err(CoreError::Shape { what: "activation quantizer", expected, found })
@@ -110,8 +129,16 @@ impl ActivationQuantizer {
         if sum != Some(cols) || self.segments.iter().any(|s| s.cols == 0) {
             return fail(format!("segments of {cols} columns"), format!("{:?}", self.segments));
         }
-        if let Some(s) = self.segments.iter().find(|s| !(2..=8).contains(&s.bits)) {
-            return Err(CoreError::Bits { bits: s.bits, grid: "activation", min: 2, max: 8 });
+        let (grid, min) = match self.row_scale {
+            None => ("activation", 2),
+            Some(_) => ("half-integer activation", 1),
+        };
+        if let Some(s) = self.segments.iter().find(|s| !(min..=8).contains(&s.bits)) {
+            return Err(CoreError::Bits { bits: s.bits, grid, min, max: 8 });
+        }
+        if self.row_scale.is_some() && (!self.symmetric || self.clip != (1.0, 1.0)) {
+            let found = format!("symmetric: {}, clip: {:?}", self.symmetric, self.clip);
+            return fail("a symmetric half-integer grid with clips of 1".into(), found);
         }
         let fits = |c: f32| c > 0.0 && c <= 1.0;
         if !fits(self.clip.0) || !fits(self.clip.1) {
@@ -123,24 +150,25 @@ impl ActivationQuantizer {
     /// The grid of `x`, a segment of `bits`.
     #[inline(always)]
     pub fn grid(&self, x: &[f32], bits: u8) -> ActivationGrid {
-        let (mut lo, mut hi) = extremes(x);
-        lo *= self.clip.1;
-        hi *= self.clip.0;
         let round = |s: f32| match self.half {
             // Never zero, never infinite.
             true => f16::from_f32(s).clamp(f16::from_bits(1), f16::MAX).to_f32(),
             false => s,
         };
         let half_range = (1u32 << (bits - 1)) as f32;
+        let (min, max) = (-half_range, half_range - 1.0);
+        if let Some(scale) = self.row_scale {
+            let grid = HalfIntegerGrid::new(bits, scale);
+            let scale = round(grid.step(grid.end(x)));
+            return ActivationGrid { scale, zero: -0.5, min, max, floor: true };
+        }
+        let (mut lo, mut hi) = extremes(x);
+        lo *= self.clip.1;
+        hi *= self.clip.0;
         if self.symmetric {
             let magnitude = hi.max(-lo);
             let scale = if magnitude > 0.0 { magnitude / (half_range - 1.0) } else { 1.0 };
-            return ActivationGrid {
-                scale: round(scale),
-                zero: 0.0,
-                min: -half_range,
-                max: half_range - 1.0,
-            };
+            return ActivationGrid { scale: round(scale), zero: 0.0, min, max, floor: false };
         }
         let levels = 2.0 * half_range - 1.0;
         if hi == lo {
@@ -148,7 +176,7 @@ impl ActivationQuantizer {
         }
         let scale = round((hi - lo) / levels);
         let zero = (-lo / scale).round_ties_even().clamp(0.0, levels) - half_range;
-        ActivationGrid { scale, zero, min: -half_range, max: half_range - 1.0 }
+        ActivationGrid { scale, zero, min, max, floor: false }
     }
 
     /// Replaces rows by the values that their codes stand for.
@@ -164,8 +192,14 @@ impl ActivationQuantizer {
         }
     }
 
-    /// Codes of one row, with the scale and zero point of each segment.
-    pub fn encode_row(&self, row: &[f32], codes: &mut [i8], scales: &mut [f32], zeros: &mut [i32]) {
+    /// Codes of one row, with the scale and twice the zero point of each segment.
+    pub fn encode_row(
+        &self,
+        row: &[f32],
+        codes: &mut [i8],
+        scales: &mut [f32],
+        doubled_zeros: &mut [i32],
+    ) {
         let mut start = 0;
         for (i, segment) in self.segments.iter().enumerate() {
             let x = &row[start..start + segment.cols];
@@ -173,7 +207,7 @@ impl ActivationQuantizer {
             let codes = &mut codes[start..start + segment.cols];
             codes.iter_mut().zip(x).for_each(|(code, x)| *code = grid.encode(*x) as i8);
             scales[i] = grid.scale;
-            zeros[i] = grid.zero as i32;
+            doubled_zeros[i] = (2.0 * grid.zero) as i32;
             start += segment.cols;
         }
     }
@@ -207,7 +241,8 @@ mod tests {
         let mut codes = vec![0; x.len()];
         let (mut scale, mut zero) = ([0.0; 4], [0; 4]);
         q.encode_row(x, &mut codes, &mut scale, &mut zero);
-        (codes, scale[0], zero[0])
+        assert_eq!(zero[0] % 2, 0);
+        (codes, scale[0], zero[0] / 2)
     }
 
     /// T1 of ResQ's specification.
@@ -246,6 +281,31 @@ mod tests {
         }
     }
 
+    /// Section 8 of QuEST's specification; the values are those of training, to the bit.
+    #[test]
+    fn golden_rows_of_half_integers() {
+        let x = [0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 0.7, 3.0];
+        let rows: [(u8, [i8; 8]); 4] = [
+            (1, [0, -1, 0, -1, 0, -1, 0, 0]),
+            (2, [0, -1, 0, -1, 0, -1, 0, 1]),
+            (3, [0, -1, 0, -1, 0, -1, 1, 3]),
+            (4, [0, -1, 0, -2, 1, -2, 1, 7]),
+        ];
+        for (bits, want) in rows {
+            let q = ActivationQuantizer::half_integer(8, bits, RowScale::Rms);
+            let (mut codes, mut scale, mut zero) = ([0; 8], [0.0], [0]);
+            q.encode_row(&x, &mut codes, &mut scale, &mut zero);
+            assert_eq!((codes, zero), (want, [-1]), "{bits} bits");
+        }
+        for (bits, scale) in (1..=8).flat_map(|b| [(b, RowScale::Rms), (b, RowScale::Largest)]) {
+            let mut fake = x;
+            ActivationQuantizer::half_integer(8, bits, scale).fake(&mut fake);
+            let grid = HalfIntegerGrid::new(bits, scale);
+            let step = grid.step(grid.end(&x));
+            assert_eq!(fake, x.map(|x| grid.value(x, step)));
+        }
+    }
+
     #[test]
     fn zeros_stay_zero() {
         for symmetric in [true, false] {
@@ -261,10 +321,12 @@ mod tests {
         #[test]
         fn codes_are_the_fake_values(
             x in prop::collection::vec(-4f32..4.0, 10..60), bits in 2u8..=8, high in 0usize..9,
-            symmetric in any::<bool>(), half in any::<bool>(),
+            kind in 0usize..4, half in any::<bool>(),
         ) {
-            let mut q = ActivationQuantizer::tiered(x.len(), bits, high, 8, symmetric);
+            let mut q = ActivationQuantizer::tiered(x.len(), bits, high, 8, kind != 0);
             q.half = half;
+            q.row_scale = [None, None, Some(RowScale::Largest), Some(RowScale::Rms)][kind];
+            prop_assert!(q.validate(x.len()).is_ok());
             let mut fake = x.clone();
             q.fake(&mut fake);
             let n = q.segments.len();
@@ -272,8 +334,11 @@ mod tests {
             q.encode_row(&x, &mut codes, &mut scales, &mut zeros);
             for (j, (x, f)) in x.iter().zip(&fake).enumerate() {
                 let s = usize::from(j >= q.segments[0].cols);
-                let value = (codes[j] as i32 - zeros[s]) as f32 * scales[s];
+                let value = (2 * codes[j] as i32 - zeros[s]) as f32 * (0.5 * scales[s]);
                 prop_assert_eq!(value, *f);
+                if q.row_scale == Some(RowScale::Rms) {
+                    continue;
+                }
                 // Half a step for rounding, half for the zero point, and what f16 takes away.
                 let most = scales[s] * (if half { 1.2 } else { 1.001 });
                 prop_assert!((x - f).abs() <= most, "{} {} {}", x, f, scales[s]);
@@ -288,5 +353,10 @@ mod tests {
         assert_eq!(q.mean_bits(), 5.0);
         assert!(ActivationQuantizer { clip: (0.0, 1.0), ..q.clone() }.validate(16).is_err());
         assert!(ActivationQuantizer::plain(16, 1, false).validate(16).is_err());
+        let q = ActivationQuantizer::half_integer(16, 1, RowScale::Rms);
+        assert!(q.validate(16).is_ok() && q.validate(15).is_err());
+        assert!(ActivationQuantizer { symmetric: false, ..q.clone() }.validate(16).is_err());
+        assert!(ActivationQuantizer { clip: (1.0, 0.9), ..q.clone() }.validate(16).is_err());
+        assert!(ActivationQuantizer::half_integer(16, 9, RowScale::Rms).validate(16).is_err());
     }
 }

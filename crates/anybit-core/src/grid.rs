@@ -11,7 +11,8 @@
 //! A codebook grid decodes as `value = c[u]`, one table of `2^b` centroids per row; a shared
 //! codebook as `value = c[u]·s`, one table for the whole plane and a scale per group. Scales and
 //! centroids are stored as f16 and are rounded to f16 *before* any weight is put on the grid, so
-//! that what was simulated is what is stored.
+//! that what was simulated is what is stored. Half-integer grids may have exact scales instead, as
+//! f32: those of weights that were trained on them ([`crate::half_integer`]).
 
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,9 @@ pub enum GridSpec {
         bits: u8,
         /// Columns that share a scale; `None` for the whole row.
         group_size: Option<usize>,
+        /// Whether scales are stored as f32.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        exact: bool,
     },
     /// A table of `2^bits` values per row.
     Codebook {
@@ -57,7 +61,7 @@ impl GridSpec {
     /// half-integer grid `±s/2`.
     pub fn affine(bits: u8, symmetric: bool, group_size: Option<usize>) -> Self {
         match (bits, symmetric) {
-            (1, true) => Self::HalfInteger { bits, group_size },
+            (1, true) => Self::HalfInteger { bits, group_size, exact: false },
             _ => Self::Uniform { bits, symmetric, group_size },
         }
     }
@@ -77,6 +81,9 @@ impl GridSpec {
         match *self {
             Self::Uniform { symmetric, group_size, .. } => {
                 Self::affine(bits, symmetric, group_size)
+            }
+            Self::HalfInteger { group_size, exact: true, .. } => {
+                Self::HalfInteger { bits, group_size, exact: true }
             }
             Self::HalfInteger { group_size, .. } => Self::affine(bits, true, group_size),
             Self::Codebook { .. } => Self::Codebook { bits },
@@ -102,6 +109,11 @@ impl GridSpec {
     /// Groups in a row of `cols`, the shorter last one included.
     pub fn groups(&self, cols: usize) -> usize {
         cols.div_ceil(self.group_len(cols))
+    }
+
+    /// Whether scales are stored as f32 instead of f16.
+    pub fn has_exact_scales(&self) -> bool {
+        matches!(self, Self::HalfInteger { exact: true, .. })
     }
 
     /// Whether zero points are stored.
@@ -158,7 +170,8 @@ pub enum ScaleFit {
 /// The fitted affine grid of one group.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GroupGrid {
-    /// Step, already rounded to f16. Zero for a group of zeros.
+    /// Step, already rounded to f16 unless the grid's scales are exact. Zero for a group of zeros
+    /// that was fitted.
     pub scale: f32,
     /// Zero point in code units.
     pub zero: f32,
@@ -202,8 +215,8 @@ impl GroupGrid {
             }
             _ => 2.0 * magnitude / levels,
         };
-        let scale =
-            round_scale(exact).ok_or(CoreError::ScaleOverflow { row: 0, group: 0, magnitude })?;
+        let rounded = if spec.has_exact_scales() { Some(exact) } else { round_scale(exact) };
+        let scale = rounded.ok_or(CoreError::ScaleOverflow { row: 0, group: 0, magnitude })?;
         let zero = match spec {
             GridSpec::Uniform { symmetric: false, .. } if scale > 0.0 => {
                 (-lo / scale).round_ties_even().clamp(0.0, levels)
@@ -335,6 +348,16 @@ mod tests {
         ));
         let tiny = GroupGrid::fit(spec, &[1e-12, -1e-12], ScaleFit::MinMax).unwrap();
         assert!(tiny.scale > 0.0);
+    }
+
+    #[test]
+    fn exact_scales_are_not_rounded() {
+        let spec = GridSpec::HalfInteger { bits: 3, group_size: None, exact: true };
+        let fitted = GroupGrid::fit(spec, &[0.123_456_7, -0.1], ScaleFit::MinMax).unwrap();
+        assert_eq!(fitted.scale, 2.0 * 0.123_456_7 / 7.0);
+        let wider = spec.with_bits(5);
+        assert!(wider.bits() == 5 && wider.has_exact_scales());
+        assert!(!GridSpec::affine(1, true, None).has_exact_scales());
     }
 
     #[test]

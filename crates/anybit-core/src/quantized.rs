@@ -24,8 +24,11 @@ pub struct Plane {
     pub grid: GridSpec,
     /// Bit streams, `[rows, words_per_row]`.
     pub codes: Vec<u32>,
-    /// Codebooks: f16 centroids, `[rows, 2^bits]`. All other grids: f16 scales, `[rows, groups]`.
+    /// Codebooks: f16 centroids, `[rows, 2^bits]`. All other grids: f16 scales, `[rows, groups]`;
+    /// empty where they are exact.
     pub scales: Vec<f16>,
+    /// Exact scales, `[rows, groups]`; empty for other grids.
+    pub exact_scales: Vec<f32>,
     /// Zero points as bit streams, `[rows, words_per_row(groups)]`; empty when implied.
     pub zeros: Vec<u32>,
     /// The f16 centroids of a shared codebook, `[2^bits]`; empty for other grids.
@@ -37,8 +40,10 @@ pub struct Plane {
 pub struct PlaneLengths {
     /// Words of codes.
     pub codes: usize,
-    /// Scales or centroids.
+    /// Scales or centroids of f16.
     pub scales: usize,
+    /// Scales of f32.
+    pub exact_scales: usize,
     /// Words of zero points.
     pub zeros: usize,
     /// Centroids of a shared codebook.
@@ -52,9 +57,11 @@ impl Plane {
         let entries = 1usize << grid.bits();
         let per_row = if matches!(grid, GridSpec::Codebook { .. }) { entries } else { groups };
         let zeros = if grid.has_zeros() { words_per_row(groups, grid.bits()) } else { 0 };
+        let exact = grid.has_exact_scales();
         PlaneLengths {
             codes: rows * words_per_row(cols, grid.bits()),
-            scales: rows * per_row,
+            scales: if exact { 0 } else { rows * per_row },
+            exact_scales: if exact { rows * groups } else { 0 },
             zeros: rows * zeros,
             table: if matches!(grid, GridSpec::SharedCodebook { .. }) { entries } else { 0 },
         }
@@ -73,6 +80,7 @@ impl Plane {
             grid,
             codes: vec![0; lengths.codes],
             scales: vec![f16::ZERO; lengths.scales],
+            exact_scales: vec![0.0; lengths.exact_scales],
             zeros: vec![0; lengths.zeros],
             table: vec![f16::ZERO; lengths.table],
         })
@@ -87,6 +95,7 @@ impl Plane {
         (rows, cols): (usize, usize),
         codes: Vec<u32>,
         scales: Vec<f16>,
+        exact_scales: Vec<f32>,
         zeros: Vec<u32>,
         table: Vec<f16>,
     ) -> Result<Self> {
@@ -95,6 +104,7 @@ impl Plane {
         let found = PlaneLengths {
             codes: codes.len(),
             scales: scales.len(),
+            exact_scales: exact_scales.len(),
             zeros: zeros.len(),
             table: table.len(),
         };
@@ -105,20 +115,23 @@ impl Plane {
                 found: format!("{found:?}"),
             });
         }
-        let plane = Self { rows, cols, grid, codes, scales, zeros, table };
+        let plane = Self { rows, cols, grid, codes, scales, exact_scales, zeros, table };
         plane.check()?;
         Ok(plane)
     }
 
     fn check(&self) -> Result<()> {
-        let per_row = (self.scales.len() / self.rows.max(1)).max(1);
+        let stored = self.scales.len() + self.exact_scales.len();
+        let per_row = (stored / self.rows.max(1)).max(1);
+        let fail = |at: usize, value: String| {
+            let (row, col) = (at / per_row, at % per_row);
+            Err(CoreError::NotFinite { what: "scales", row, col, value })
+        };
         if let Some(at) = self.scales.iter().position(|s| !s.is_finite()) {
-            return Err(CoreError::NotFinite {
-                what: "scales",
-                row: at / per_row,
-                col: at % per_row,
-                value: self.scales[at].to_string(),
-            });
+            return fail(at, self.scales[at].to_string());
+        }
+        if let Some(at) = self.exact_scales.iter().position(|s| !s.is_finite()) {
+            return fail(at, self.exact_scales[at].to_string());
         }
         if let Some(col) = self.table.iter().position(|c| !c.is_finite()) {
             let value = self.table[col].to_string();
@@ -142,20 +155,15 @@ impl Plane {
 
     /// Views of one row's mutable parts, for rounding rows in parallel.
     pub fn rows_mut(&mut self) -> impl IndexedParallelIterator<Item = PlaneRowMut<'_>> {
-        let PlaneLengths { codes, scales, zeros, .. } = Self::lengths(self.grid, 1, self.cols);
-        let has_zeros = zeros > 0;
-        // A stream of empty slices stands in for the zero points that this grid does not have.
-        let zero_rows: Vec<&mut [u32]> = if has_zeros {
-            self.zeros.chunks_exact_mut(zeros).collect()
-        } else {
-            (0..self.rows).map(|_| Default::default()).collect()
-        };
-        let (grid, cols) = (self.grid, self.cols);
-        self.codes
-            .par_chunks_exact_mut(codes)
-            .zip(self.scales.par_chunks_exact_mut(scales))
-            .zip(zero_rows)
-            .map(move |((codes, scales), zeros)| PlaneRowMut { grid, cols, codes, scales, zeros })
+        let lengths = Self::lengths(self.grid, 1, self.cols);
+        let (grid, rows, cols) = (self.grid, self.rows, self.cols);
+        let scales = by_row(&mut self.scales, lengths.scales, rows);
+        let exact_scales = by_row(&mut self.exact_scales, lengths.exact_scales, rows);
+        let zeros = by_row(&mut self.zeros, lengths.zeros, rows);
+        let parts = self.codes.par_chunks_exact_mut(lengths.codes).zip(scales);
+        parts.zip(exact_scales).zip(zeros).map(move |(((codes, scales), exact_scales), zeros)| {
+            PlaneRowMut { grid, cols, codes, scales, exact_scales, zeros }
+        })
     }
 
     /// Decodes columns `[0, cols)` of row `row` into `out`.
@@ -179,10 +187,19 @@ impl Plane {
         }
     }
 
+    /// Scale of a group; no codebook of rows has one.
+    pub fn scale(&self, row: usize, group: usize) -> f32 {
+        let at = row * self.grid.groups(self.cols) + group;
+        match self.grid.has_exact_scales() {
+            true => self.exact_scales[at],
+            false => self.scales[at].to_f32(),
+        }
+    }
+
     /// Scale and zero point of a group.
     fn group(&self, row: usize, g: usize) -> (f32, f32) {
         let (bits, groups) = (self.grid.bits(), self.grid.groups(self.cols));
-        let scale = self.scales[row * groups + g].to_f32();
+        let scale = self.scale(row, g);
         if !self.grid.has_zeros() {
             return (scale, self.grid.implied_zero());
         }
@@ -220,6 +237,7 @@ impl Plane {
         self.rows += other.rows;
         self.codes.extend(other.codes);
         self.scales.extend(other.scales);
+        self.exact_scales.extend(other.exact_scales);
         self.zeros.extend(other.zeros);
         Ok(())
     }
@@ -228,7 +246,15 @@ impl Plane {
     pub fn bytes(&self) -> (usize, usize) {
         let codes = self.codes.len() * 4;
         let halves = self.scales.len() + self.table.len();
-        (codes, codes + halves * 2 + self.zeros.len() * 4)
+        (codes, codes + halves * 2 + (self.exact_scales.len() + self.zeros.len()) * 4)
+    }
+}
+
+/// The part of each row; empty slices stand in for what a grid does not have.
+fn by_row<T>(values: &mut [T], per_row: usize, rows: usize) -> Vec<&mut [T]> {
+    match per_row {
+        0 => (0..rows).map(|_| <&mut [T]>::default()).collect(),
+        _ => values.chunks_exact_mut(per_row).collect(),
     }
 }
 
@@ -242,16 +268,21 @@ pub struct PlaneRowMut<'a> {
     cols: usize,
     codes: &'a mut [u32],
     scales: &'a mut [f16],
+    exact_scales: &'a mut [f32],
     zeros: &'a mut [u32],
 }
 
 impl PlaneRowMut<'_> {
     /// Stores an affine row: its codes and the grid of each group.
     pub fn set_affine(&mut self, codes: &[u8], groups: &[crate::GroupGrid]) {
-        debug_assert_eq!((codes.len(), groups.len()), (self.cols, self.scales.len()));
+        let (cols, count) = (self.cols, self.grid.groups(self.cols));
+        debug_assert_eq!((codes.len(), groups.len()), (cols, count));
         pack_row(codes, self.grid.bits(), self.codes);
         for (s, g) in self.scales.iter_mut().zip(groups) {
             *s = f16::from_f32(g.scale);
+        }
+        for (s, g) in self.exact_scales.iter_mut().zip(groups) {
+            *s = g.scale;
         }
         if self.grid.has_zeros() {
             let zeros: Vec<u8> = groups.iter().map(|g| g.zero as u8).collect();

@@ -27,7 +27,8 @@ pub struct PackedRows {
     codes: Vec<u8>,
     /// `[rows, segments]`.
     scales: Vec<f16>,
-    /// `[rows, segments]`, in code units, re-centred as codes are.
+    /// `[rows, segments]`, in code units, re-centred as codes are; unused by half-integer grids,
+    /// whose zero point is −½.
     zeros: Vec<i8>,
 }
 
@@ -50,11 +51,14 @@ impl KvRows {
         })
     }
 
-    /// Whether rows are stored as `quantizer` says, clips aside: the same memory can hold them.
+    /// Whether rows are stored as `quantizer` says, clips aside: the same memory can hold them and
+    /// they decode alike.
     pub fn fits(&self, quantizer: Option<&ActivationQuantizer>) -> bool {
         match (self, quantizer) {
             (Self::Plain(_), None) => true,
-            (Self::Packed(rows), Some(q)) => rows.quantizer.segments == q.segments,
+            (Self::Packed(rows), Some(q)) => {
+                (&rows.quantizer.segments, rows.quantizer.row_scale) == (&q.segments, q.row_scale)
+            }
             _ => false,
         }
     }
@@ -144,7 +148,10 @@ impl PackedRows {
         for (i, segment) in self.quantizer.segments.iter().enumerate() {
             let scale = self.scales[row * segments + i].to_f32();
             let middle = 1i32 << (segment.bits - 1);
-            let zero = (self.zeros[row * segments + i] as i32 + middle) as f32;
+            let zero = match self.quantizer.row_scale {
+                None => (self.zeros[row * segments + i] as i32 + middle) as f32,
+                Some(_) => middle as f32 - 0.5,
+            };
             let (own, next) = stream.split_at(segment_bytes(segment.cols, segment.bits));
             let (x, rest) = out.split_at_mut(segment.cols);
             decode_segment(own, segment.bits, scale, zero, x);
@@ -188,6 +195,7 @@ fn decode_segment(stream: &[u8], bits: u8, scale: f32, zero: f32, out: &mut [f32
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anybit_core::RowScale;
     use anybit_core::rng::SplitMix64;
     use proptest::prelude::*;
 
@@ -195,13 +203,16 @@ mod tests {
         /// What comes back is what the quantizer simulates, bit by bit; rows do not touch.
         #[test]
         fn packed_rows_are_the_fake_values(
-            cols in 1usize..70, bits in 2u8..=8, high in 0usize..9, symmetric in any::<bool>(),
+            cols in 1usize..70, bits in 2u8..=8, high in 0usize..9, kind in 0usize..4,
             seed in any::<u64>(),
         ) {
             let high = high.min(cols - 1);
-            let mut q = ActivationQuantizer::tiered(cols, bits, high, 8, symmetric);
+            let mut q = ActivationQuantizer::tiered(cols, bits, high, 8, kind != 0);
             q.half = true;
-            q.clip = (0.9, 0.8);
+            q.row_scale = [None, None, Some(RowScale::Largest), Some(RowScale::Rms)][kind];
+            if q.row_scale.is_none() {
+                q.clip = (0.9, 0.8);
+            }
             let mut rng = SplitMix64::new(seed);
             let mut values: Vec<f32> = (0..5 * cols).map(|_| rng.normal() as f32).collect();
             values[..cols].fill(0.0);

@@ -35,10 +35,11 @@ pub fn quantize_rows(quantizer: &ActivationQuantizer, x: &[f32], out: &mut Quant
     out.segments = quantizer.widths();
     out.codes.resize(tokens * cols, 0);
     out.scales.resize(tokens * parts, 0.0);
-    out.zeros.resize(tokens * parts, 0);
+    out.doubled_zeros.resize(tokens * parts, 0);
     let step = rows_per_task(cols);
     let codes = out.codes.par_chunks_mut(step * cols);
-    let grids = out.scales.par_chunks_mut(step * parts).zip(out.zeros.par_chunks_mut(step * parts));
+    let zeros = out.doubled_zeros.par_chunks_mut(step * parts);
+    let grids = out.scales.par_chunks_mut(step * parts).zip(zeros);
     x.par_chunks(step * cols).zip(codes).zip(grids).for_each(|((x, codes), (scales, zeros))| {
         let rows = x.chunks_exact(cols).zip(codes.chunks_exact_mut(cols));
         let grids = scales.chunks_exact_mut(parts).zip(zeros.chunks_exact_mut(parts));
@@ -51,29 +52,33 @@ pub fn quantize_rows(quantizer: &ActivationQuantizer, x: &[f32], out: &mut Quant
 #[cfg(test)]
 mod tests {
     use super::*;
-    use anybit_core::Hadamard;
     use anybit_core::rng::SplitMix64;
+    use anybit_core::{Hadamard, RowScale};
 
     #[test]
     fn many_rows_are_row_by_row() {
         let mut rng = SplitMix64::new(3);
         let x: Vec<f32> = (0..576 * 70).map(|_| rng.normal() as f32).collect();
         let transform = Transform::Hadamard(Hadamard::new(576).unwrap());
-        let quantizer = ActivationQuantizer::tiered(576, 4, 72, 8, false);
-        let mut many = x.clone();
-        transform_rows(&transform, &mut many);
-        let mut rows = QuantizedRows::default();
-        quantize_rows(&quantizer, &many, &mut rows);
-        fake_rows(&quantizer, &mut many);
-        for (t, one) in x.chunks(576).enumerate() {
-            let mut one = one.to_vec();
-            transform.apply(&mut one);
-            quantizer.fake(&mut one);
-            assert_eq!(one, many[t * 576..(t + 1) * 576]);
-            for (j, value) in one.iter().enumerate() {
-                let part = 2 * t + usize::from(j >= 504);
-                let code = rows.codes[t * 576 + j] as i32 - rows.zeros[part];
-                assert_eq!(code as f32 * rows.scales[part], *value);
+        let tiered = ActivationQuantizer::tiered(576, 4, 72, 8, false);
+        let row_scale = Some(RowScale::Rms);
+        let half = ActivationQuantizer { symmetric: true, row_scale, ..tiered.clone() };
+        for quantizer in [tiered, half] {
+            let mut many = x.clone();
+            transform_rows(&transform, &mut many);
+            let mut rows = QuantizedRows::default();
+            quantize_rows(&quantizer, &many, &mut rows);
+            fake_rows(&quantizer, &mut many);
+            for (t, one) in x.chunks(576).enumerate() {
+                let mut one = one.to_vec();
+                transform.apply(&mut one);
+                quantizer.fake(&mut one);
+                assert_eq!(one, many[t * 576..(t + 1) * 576]);
+                for (j, value) in one.iter().enumerate() {
+                    let part = 2 * t + usize::from(j >= 504);
+                    let doubled = 2 * rows.codes[t * 576 + j] as i32 - rows.doubled_zeros[part];
+                    assert_eq!(doubled as f32 * (0.5 * rows.scales[part]), *value);
+                }
             }
         }
     }

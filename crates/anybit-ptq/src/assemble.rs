@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anybit_core::{QuantizedMatrix, RowSource};
-use anybit_io::atomic::write_bytes;
 use anybit_io::convert::{copy_text_files, encode};
-use anybit_io::native::{DenseRecord, MANIFEST, Manifest, QuantizedRecord, format_version};
-use anybit_io::safetensors_file::{FileDtype, PlannedTensor, RawTensor, index_json};
+use anybit_io::native::{
+    DenseRecord, Manifest, QuantizedRecord, format_version, has_trained_grids, write_descriptions,
+};
+use anybit_io::safetensors_file::{FileDtype, PlannedTensor, RawTensor};
 use anybit_io::{Checkpoint, Dtype, IoError};
 use serde_json::json;
 
@@ -60,10 +61,8 @@ pub fn write(
             Ok(())
         })?;
     }
-    if let Some(index) = index_json(&plan.files) {
-        write_bytes(&folder.join("model.safetensors.index.json"), index.as_bytes())?;
-    }
-    let version = format_version(!plan.sites.is_empty());
+    let trained = has_trained_grids(journal.records(), &plan.sites);
+    let version = format_version(!plan.sites.is_empty(), trained);
     let manifest = Manifest {
         format_version: version.0,
         format_minor: version.1,
@@ -78,8 +77,13 @@ pub fn write(
         transformed: checkpoint.has_sites().then(|| folder_name(&checkpoint.path)),
         sites: plan.sites.clone(),
     };
-    write_bytes(&folder.join(MANIFEST), manifest.to_json().as_bytes())?;
-    write_config(checkpoint, &manifest, recipe, folder)?;
+    let summary = json!({
+        "method": recipe.method,
+        "transform": recipe.transform,
+        "activation_bits": recipe.a_bits,
+        "kv_bits": recipe.kv_bits,
+    });
+    write_descriptions(&checkpoint.config, &plan.files, &manifest, &summary, folder)?;
     copy_text_files(checkpoint, folder)?;
     journal.remove();
     Ok(())
@@ -108,34 +112,6 @@ pub fn base_name(checkpoint: &Checkpoint) -> String {
 fn folder_name(path: &Path) -> String {
     let absolute = std::path::absolute(path).unwrap_or(path.to_owned());
     absolute.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-fn write_config(
-    checkpoint: &Checkpoint,
-    manifest: &Manifest,
-    recipe: &Recipe,
-    folder: &Path,
-) -> Result<()> {
-    let dense = manifest.dense.get("model.norm.weight").map(|r| r.dtype.as_str());
-    let dtype = match dense {
-        Some("BF16") => "bfloat16",
-        Some("F16") => "float16",
-        _ => "float32",
-    };
-    let (codes, total) = manifest.bits_per_weight();
-    let mut config = checkpoint.config.to_json(dtype);
-    config["quantization_config"] = json!({
-        "quant_method": "anybit",
-        "format_version": manifest.format_version,
-        "method": recipe.method,
-        "transform": recipe.transform,
-        "activation_bits": recipe.a_bits,
-        "kv_bits": recipe.kv_bits,
-        "bits_per_weight_codes": codes,
-        "bits_per_weight_total": total,
-        "manifest": MANIFEST,
-    });
-    Ok(write_bytes(&folder.join("config.json"), format!("{config:#}\n").as_bytes())?)
 }
 
 fn dense_record(tensor: &PlannedTensor, blake3: String) -> DenseRecord {

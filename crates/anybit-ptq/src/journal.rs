@@ -15,8 +15,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anybit_core::QuantizedMatrix;
-use anybit_io::native::{QuantizedRecord, part_bytes};
+use anybit_io::native::{Measured, QuantizedRecord};
 use anybit_io::safetensors_file::{FileDtype, PlannedTensor, layout_in_shards, open_file};
 use anybit_io::{Checkpoint, IoError, atomic};
 use serde::{Deserialize, Serialize};
@@ -268,12 +267,10 @@ pub fn block_name(index: usize) -> String {
 }
 
 fn describe(r: &Rounded, method: &str) -> (QuantizedRecord, Vec<Vec<u8>>) {
-    let matrix: &QuantizedMatrix = &r.matrix;
-    let parts = part_bytes(matrix);
-    let mut record = QuantizedRecord::describe(matrix, method);
-    record.relative_error = r.relative_error;
-    record.output_error = r.output_error;
-    record.decoded_norm = r.decoded_norm;
-    record.blake3 = QuantizedRecord::hash(parts.iter().map(Vec::as_slice));
-    (record, parts)
+    let measured = Measured {
+        relative_error: r.relative_error,
+        output_error: r.output_error,
+        decoded_norm: r.decoded_norm,
+    };
+    QuantizedRecord::with_parts(&r.matrix, method, measured)
 }

@@ -1,8 +1,9 @@
 //! Codes of what was trained, for packing.
 
+use anybit_core::{HalfIntegerGrid, RowScale};
+
 use super::EstimatorError;
 use super::rotation::{Form, Rotation};
-use super::uniform::UniformGrid;
 
 /// Codes `u` below `2^bits` and the step `s` of one row on QuEST's grid, after a rotation in blocks
 /// of `hadamard` columns (0 for none): in the rotated basis the quantized value is
@@ -11,9 +12,9 @@ use super::uniform::UniformGrid;
 /// (u − (2^b − 1)/2) · s
 /// ```
 ///
-/// to the bit. That is `anybit_core::GridSpec::HalfInteger` with one group per row;
-/// `u = q + 2^(b−1)` of the signed codes that QuEST's kernels take. The file holds `s` as f16, so values that were
-/// packed differ from those that were trained by up to 2⁻¹¹ of themselves.
+/// to the bit. That is `anybit_core::GridSpec::HalfInteger` with one group per row and exact
+/// scales; `u = q + 2^(b−1)` of the signed codes that QuEST's kernels take. Whole matrices are
+/// packed by `anybit_core::rounding::half_integer`.
 ///
 /// # Errors
 /// [`EstimatorError`] when the bits are not 1 to 8, or the row is not made of whole blocks of a
@@ -30,7 +31,7 @@ pub fn half_integer_codes(
     rotation.check(row.len())?;
     let mut rotated = row.to_vec();
     rotation.rotate(&mut rotated);
-    let grid = UniformGrid::gaussian(bits, f32::INFINITY);
+    let grid = HalfIntegerGrid::new(bits, RowScale::Rms);
     let step = grid.step(grid.end(&rotated));
     let half = (1u32 << (bits - 1)) as f32;
     let codes = rotated.iter().map(|a| (grid.code(*a, step) + half) as u8).collect();

@@ -53,12 +53,12 @@ pub use uniform::ALPHA;
 
 use std::ops::Range;
 
+// What keeps scales above zero: the released code's `1e-8`, and the least learned step or clip.
+use anybit_core::half_integer::EPSILON;
+
 use crate::tape::Pass;
 use crate::tiles::total;
 use crate::{Tape, Tensor, Var};
-
-/// What keeps scales above zero: the released code's `1e-8`, and the least learned step or clip.
-const EPSILON: f32 = 1e-8;
 
 /// One operand of a linear on its grid, recorded with the gradient that trains through it.
 ///

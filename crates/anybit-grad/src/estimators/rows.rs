@@ -13,6 +13,7 @@
 
 use std::fmt::Debug;
 
+pub(super) use anybit_core::half_integer::rms;
 use rayon::prelude::*;
 
 use super::rotation::Rotation;
@@ -51,20 +52,6 @@ fn keep_bits(mask: &[u64], row: &mut [f32]) {
             *g = if (word >> i) & 1 == 1 { *g } else { 0.0 };
         }
     }
-}
-
-/// Root of the mean square.
-pub(super) fn rms(row: &[f32]) -> f32 {
-    // Partial sums: enough that the loop vectorizes.
-    const LANES: usize = 16;
-    let mut lanes = [0f32; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let tail: f64 = chunks.remainder().iter().map(|v| (*v as f64).powi(2)).sum();
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += v * v);
-    }
-    let sum = lanes.iter().map(|lane| *lane as f64).sum::<f64>() + tail;
-    (sum / row.len().max(1) as f64).sqrt() as f32
 }
 
 /// A grid behind a rotation.

@@ -142,7 +142,7 @@ fn golden_row_rotated() {
         assert_eq!(signed(&codes, bits), q, "{bits} bits");
         // The half form is the codes' values to the bit, the full form stands for the row itself.
         let y = values(&*quest(bits, 8, "half"), &GOLDEN, 8);
-        let zero = GridSpec::HalfInteger { bits, group_size: None }.implied_zero();
+        let zero = GridSpec::HalfInteger { bits, group_size: None, exact: true }.implied_zero();
         let grid = GroupGrid { scale: step, zero, max_code: level_count(bits) - 1.0 };
         let decoded: Vec<f32> = codes.iter().map(|u| grid.decode(*u)).collect();
         assert_eq!(decoded, y);

@@ -18,38 +18,17 @@
 //! Trust is taken in this closed form: comparing errors would let float noise decide at the
 //! boundaries between levels, and would mask rows of zeros.
 
-use super::rows::{RowGrid, rms, set_bits};
-use super::{EPSILON, level_count};
+use anybit_core::{HalfIntegerGrid, RowScale};
 
-/// `α*_b` at index `b − 1`: where a grid of `2^b` levels should end to have the least mean squared
-/// error on N(0, 1). As the released code has them (`IST-DASLab/QuEST`), which is loose at 8 bits:
-/// the least error is at 3.9222.
-pub const ALPHA: [f64; 8] = [
-    0.7978845587140913,
-    1.4935346200015913,
-    2.051068354131873,
-    2.513930578568423,
-    2.9160938834961225,
-    3.276597282593217,
-    3.6010497188221655,
-    3.884938678807525,
-];
+use super::level_count;
+use super::rows::{RowGrid, set_bits};
 
-/// What the end of a row's grid follows.
-#[derive(Debug, Clone, Copy)]
-enum Scale {
-    /// So many times the row's root mean square.
-    Rms(f32),
-    /// The row's largest magnitude.
-    Largest,
-}
+pub use anybit_core::half_integer::ALPHA;
 
 /// `2^bits` equal steps around zero.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct UniformGrid {
-    /// `n`.
-    levels: f32,
-    scale: Scale,
+    grid: HalfIntegerGrid,
     /// `s`.
     reach: f32,
 }
@@ -57,40 +36,28 @@ pub(super) struct UniformGrid {
 impl UniformGrid {
     /// The grid that ends at `α*·RMS`; gradient passes up to `reach` times its end.
     pub fn gaussian(bits: u8, reach: f32) -> Self {
-        let scale = Scale::Rms(ALPHA[bits as usize - 1] as f32);
-        Self { levels: level_count(bits), scale, reach }
+        Self { grid: HalfIntegerGrid::new(bits, RowScale::Rms), reach }
     }
 
     /// The grid that ends at the largest magnitude, with gradient everywhere.
     pub fn largest(bits: u8) -> Self {
-        Self { levels: level_count(bits), scale: Scale::Largest, reach: f32::INFINITY }
+        Self { grid: HalfIntegerGrid::new(bits, RowScale::Largest), reach: f32::INFINITY }
     }
 
     /// `c`, where the grid of a row ends.
     pub fn end(&self, row: &[f32]) -> f32 {
-        let end = match self.scale {
-            Scale::Rms(alpha) => alpha * rms(row),
-            Scale::Largest => row.iter().fold(0f32, |most, a| most.max(a.abs())),
-        };
-        end + EPSILON
+        self.grid.end(row)
     }
 
     /// `Δ` of a grid that ends at `end`.
     pub fn step(&self, end: f32) -> f32 {
-        2.0 * end / (self.levels - 1.0)
-    }
-
-    /// `q`.
-    #[inline(always)]
-    pub fn code(&self, a: f32, step: f32) -> f32 {
-        let half = 0.5 * self.levels;
-        (a / step).floor().clamp(-half, half - 1.0)
+        self.grid.step(end)
     }
 
     /// `â`.
     #[inline(always)]
     pub fn value(&self, a: f32, step: f32) -> f32 {
-        (self.code(a, step) + 0.5) * step
+        self.grid.value(a, step)
     }
 
     /// Largest magnitude that passes gradient.

@@ -2,10 +2,11 @@
 
 use anybit_core::bitstream::{pack_row, unpack_row, words_per_row};
 use anybit_core::quantized::{group_bits, permutation_of};
-use anybit_core::{CoreError, GridSpec, Plane, PlaneLengths, QuantizedMatrix, Sparse};
+use anybit_core::{CoreError, GridSpec, Matrix, Plane, PlaneLengths, QuantizedMatrix, Sparse};
 use half::f16;
 use serde::{Deserialize, Serialize};
 
+use super::{relative_error, squared_norm};
 use crate::safetensors_file::{FileDtype, PlannedTensor, RawTensor};
 use crate::{Checkpoint, IoError, Result};
 
@@ -60,6 +61,29 @@ pub struct QuantizedRecord {
     pub blake3: String,
 }
 
+/// What was measured of a packed matrix.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Measured {
+    /// `‖W − Q‖² / ‖W‖²`.
+    pub relative_error: f64,
+    /// The same in the metric of the calibration inputs, when there were any.
+    pub output_error: Option<f64>,
+    /// `‖Q‖²` as decoded.
+    pub decoded_norm: f64,
+}
+
+impl Measured {
+    /// Decodes `matrix` and compares it with the weights that it stands for.
+    pub fn against(weights: &Matrix, matrix: &QuantizedMatrix) -> Self {
+        let decoded = matrix.dequantize();
+        Self {
+            relative_error: relative_error(weights, &decoded),
+            output_error: None,
+            decoded_norm: squared_norm(&decoded),
+        }
+    }
+}
+
 /// The linear that a weight tensor belongs to: `x.q_proj.weight` → `x.q_proj`.
 fn linear_name(tensor: &str) -> &str {
     tensor.strip_suffix(".weight").unwrap_or(tensor)
@@ -92,13 +116,31 @@ impl QuantizedRecord {
         }
     }
 
+    /// The record of `matrix` with errors and hash, and the bytes of its stored parts, in the order
+    /// of [`Self::parts`].
+    pub fn with_parts(
+        matrix: &QuantizedMatrix,
+        method: &str,
+        measured: Measured,
+    ) -> (Self, Vec<Vec<u8>>) {
+        let parts = part_bytes(matrix);
+        let record = Self {
+            relative_error: measured.relative_error,
+            output_error: measured.output_error,
+            decoded_norm: measured.decoded_norm,
+            blake3: Self::hash(parts.iter().map(Vec::as_slice)),
+            ..Self::describe(matrix, method)
+        };
+        (record, parts)
+    }
+
     /// The tensors that hold the matrix `tensor`, in the order in which they are hashed.
     pub fn parts(&self, tensor: &str) -> Vec<PlannedTensor> {
         let linear = linear_name(tensor);
         let mut parts = Vec::new();
         for (i, p) in self.planes.iter().enumerate() {
             let place = format!("{}.{}", i / self.column_groups, i % self.column_groups);
-            let PlaneLengths { codes, scales, zeros, table } =
+            let PlaneLengths { codes, scales, exact_scales, zeros, table } =
                 Plane::lengths(p.grid, p.rows, p.cols);
             let per_row = |len: usize| vec![p.rows, len / p.rows.max(1)];
             let codes_name = format!("{linear}.codes.{place}");
@@ -108,7 +150,11 @@ impl QuantizedRecord {
                 _ => "scales",
             };
             let scales_name = format!("{linear}.{kind}.{place}");
-            parts.push(PlannedTensor::new(scales_name, FileDtype::F16, per_row(scales)));
+            let (dtype, scales) = match p.grid.has_exact_scales() {
+                true => (FileDtype::F32, exact_scales),
+                false => (FileDtype::F16, scales),
+            };
+            parts.push(PlannedTensor::new(scales_name, dtype, per_row(scales)));
             if zeros > 0 {
                 let zeros_name = format!("{linear}.zeros.{place}");
                 parts.push(PlannedTensor::new(zeros_name, FileDtype::U32, per_row(zeros)));
@@ -225,11 +271,16 @@ impl QuantizedRecord {
         let mut next = || raw.next().map(RawTensor::bytes).unwrap_or_default();
         let mut planes = Vec::new();
         for p in &self.planes {
-            let (codes, scales) = (words(next()), halves(next()));
+            let codes = words(next());
+            let (scales, exact_scales) = match p.grid.has_exact_scales() {
+                true => (Vec::new(), singles(next())),
+                false => (halves(next()), Vec::new()),
+            };
             let zeros = if p.grid.has_zeros() { words(next()) } else { Vec::new() };
             let shared = matches!(p.grid, GridSpec::SharedCodebook { .. });
             let table = if shared { halves(next()) } else { Vec::new() };
-            let plane = Plane::from_parts(p.grid, (p.rows, p.cols), codes, scales, zeros, table);
+            let shape = (p.rows, p.cols);
+            let plane = Plane::from_parts(p.grid, shape, codes, scales, exact_scales, zeros, table);
             planes.push(plane.map_err(fail)?);
         }
         let column_scale = self.column_scale.then(|| halves(next()));
@@ -263,7 +314,10 @@ pub fn part_bytes(matrix: &QuantizedMatrix) -> Vec<Vec<u8>> {
     let mut parts = Vec::new();
     for p in &matrix.planes {
         parts.push(words(&p.codes));
-        parts.push(halves(&p.scales));
+        parts.push(match p.grid.has_exact_scales() {
+            true => p.exact_scales.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            false => halves(&p.scales),
+        });
         if !p.zeros.is_empty() {
             parts.push(words(&p.zeros));
         }
@@ -294,6 +348,10 @@ pub fn part_bytes(matrix: &QuantizedMatrix) -> Vec<Vec<u8>> {
 
 fn words(bytes: &[u8]) -> Vec<u32> {
     bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect()
+}
+
+fn singles(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
 fn halves(bytes: &[u8]) -> Vec<f16> {

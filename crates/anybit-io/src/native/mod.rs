@@ -4,10 +4,12 @@
 mod matrix;
 mod sites;
 mod verify;
+mod write;
 
-pub use matrix::{PlaneRecord, QuantizedRecord, part_bytes};
+pub use matrix::{Measured, PlaneRecord, QuantizedRecord, part_bytes};
 pub use sites::{SiteRecord, site_parts};
 pub use verify::{Problem, fold_factors, relative_error, scale_columns, squared_norm, verify};
+pub use write::{PackedModel, write_descriptions, write_model};
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -20,10 +22,29 @@ use crate::{IoError, Result};
 /// Newest major version of the format that is read: newer ones are rejected by name.
 pub const FORMAT_VERSION: u32 = 2;
 
+/// Newest minor version of each major version that this program knows everything of.
+const FORMAT_MINOR: [u32; FORMAT_VERSION as usize + 1] = [0, 2, 1];
+
 /// Major and minor version to write. Readers of version 1 do not know sites and would compute
-/// something else without them.
-pub fn format_version(has_sites: bool) -> (u32, u32) {
-    if has_sites { (2, 0) } else { (1, 1) }
+/// something else without them; readers of minor versions before the newest refuse the grids of
+/// [`has_trained_grids`], whose keys they do not know.
+pub fn format_version(has_sites: bool, trained_grids: bool) -> (u32, u32) {
+    match (has_sites, trained_grids) {
+        (false, false) => (1, 1),
+        (false, true) => (1, 2),
+        (true, false) => (2, 0),
+        (true, true) => (2, 1),
+    }
+}
+
+/// Whether a weight has exact scales, or an activation a half-integer grid (formats 1.2 and 2.1).
+pub fn has_trained_grids(
+    quantized: &BTreeMap<String, QuantizedRecord>,
+    sites: &BTreeMap<String, SiteRecord>,
+) -> bool {
+    let mut planes = quantized.values().flat_map(|r| &r.planes);
+    let mut quantizers = sites.values().flat_map(|r| &r.quantizer);
+    planes.any(|p| p.grid.has_exact_scales()) || quantizers.any(|q| q.row_scale.is_some())
 }
 
 /// Name of the manifest.
@@ -98,7 +119,19 @@ impl Manifest {
             }
             None => return Err(IoError::damaged(&path, "no format_version")),
         }
-        serde_json::from_value(value).map_err(|e| IoError::damaged(&path, e.to_string()))
+        let minor = value["format_minor"].as_u64().unwrap_or(0);
+        let major = version.unwrap_or(0) as usize;
+        let known = FORMAT_MINOR.get(major).copied().unwrap_or(0);
+        serde_json::from_value(value).map_err(|e| match minor > u64::from(known) {
+            true => {
+                let what = format!(
+                    "format version {major}.{minor} is newer than this program's {major}.{known}, \
+                     and holds what it does not know ({e}); update anybit"
+                );
+                IoError::unsupported(&path, what)
+            }
+            false => IoError::damaged(&path, e.to_string()),
+        })
     }
 
     /// The manifest as it is written.

@@ -3,12 +3,13 @@
 //! In a group of columns a weight is `(u − z_w)·s_w` and an activation `(a − z_a)·s_a`, so
 //!
 //! ```text
-//! Σ (u − z_w)(a − z_a)·s_w·s_a = ½·s_w·s_a·[ 2·(Σ u·a − z_a·Σ u) − 2z_w·Σ (a − z_a) ]
+//! Σ (u − z_w)(a − z_a)·s_w·s_a = ¼·s_w·s_a·[ 2·(2·Σ u·a − 2z_a·Σ u) − 2z_w·Σ (2a − 2z_a) ]
 //! ```
 //!
-//! The bracket is an exact integer (`2z_w` is one for half-integer grids too). `Σ u` is known when
-//! the weight is loaded and `Σ (a − z_a)` once per token, which leaves one dot product of unsigned
-//! with signed bytes per group: the fastest thing that a processor does with such numbers.
+//! The bracket is an exact integer: `2z_w` and `2z_a` are, for half-integer grids too. `Σ u` is
+//! known when the weight is loaded and `Σ (2a − 2z_a)` once per token, which leaves one dot product
+//! of unsigned with signed bytes per group: the fastest thing that a processor does with such
+//! numbers.
 //!
 //! Integers are exact and groups are added in their order, so a result has the same bits whatever
 //! the instruction set, the tiles and the number of threads.
@@ -30,9 +31,9 @@ use crate::DisjointMut;
 const ROWS: usize = 4;
 /// Tokens of a micro-tile: with [`ROWS`] as many sums as sixteen registers leave room for.
 const PAIR: usize = 2;
-/// Columns up to which the integer of a group fits an i32: `2^14 · 510 · 255 < 2^31`. Longer
+/// Columns up to which the integer of a group fits an i32: `2^13 · 510 · 510 < 2^31`. Longer
 /// groups are computed in pieces.
-const PIECE: usize = 1 << 14;
+const PIECE: usize = 1 << 13;
 /// Bits of codes whose products with two signed bytes add up in an i16: `2 · 63 · 128 < 2^15`.
 const NARROW_BITS: u8 = 6;
 /// Tokens of a task.
@@ -55,8 +56,8 @@ pub struct QuantizedRows {
     pub codes: Vec<i8>,
     /// Steps, `[tokens, segments]`.
     pub scales: Vec<f32>,
-    /// Zero points in units of codes, −128 to 127, `[tokens, segments]`.
-    pub zeros: Vec<i32>,
+    /// Twice the zero points in units of codes, −256 to 254, `[tokens, segments]`.
+    pub doubled_zeros: Vec<i32>,
 }
 
 /// Columns that share a grid in weights and activations, or a piece of them.
@@ -74,18 +75,18 @@ struct Part {
 }
 
 impl Part {
-    /// `Σ (a − z_a)` of a token with these codes and zero points.
-    fn centred(&self, codes: &[i8], zeros: &[i32]) -> i32 {
+    /// `Σ (2a − 2z_a)` of a token with these codes and doubled zero points.
+    fn centred(&self, codes: &[i8], doubled_zeros: &[i32]) -> i32 {
         let sum: i32 = codes[self.start..self.end].iter().map(|a| *a as i32).sum();
-        sum - (self.end - self.start) as i32 * zeros[self.segment]
+        2 * sum - (self.end - self.start) as i32 * doubled_zeros[self.segment]
     }
 }
 
 /// What a part's combination needs to know of [`ROWS`] rows, side by side so that it vectorizes.
 #[derive(Debug, Clone, Copy, Default)]
 struct Lanes {
-    /// `½·s_w`.
-    half_scales: [f32; ROWS],
+    /// `¼·s_w`.
+    quarter_scales: [f32; ROWS],
     /// `2·z_w`.
     zeros: [i32; ROWS],
     /// `Σ u`.
@@ -93,11 +94,11 @@ struct Lanes {
 }
 
 impl Lanes {
-    /// `Σ (2u − 2z_w)(a − z_a)` from `Σ u·a`, `z_a` and `Σ (a − z_a)`; nothing overflows in
+    /// `Σ (2u − 2z_w)(2a − 2z_a)` from `Σ u·a`, `2z_a` and `Σ (2a − 2z_a)`; nothing overflows in
     /// [`PIECE`] columns.
     #[inline(always)]
     fn integer(&self, lane: usize, dot: i32, zero: i32, centred: i32) -> i32 {
-        2 * (dot - zero * self.sums[lane]) - self.zeros[lane] * centred
+        2 * (2 * dot - zero * self.sums[lane]) - self.zeros[lane] * centred
     }
 }
 
@@ -151,8 +152,7 @@ impl IntegerWeight {
                 let codes = nth(&codes, row, cols);
                 for (lanes, part) in lanes.iter_mut().zip(&parts) {
                     let plane = &planes[part.segment];
-                    let scale = plane.scales[row * plane.grid.groups(plane.cols) + part.group];
-                    lanes.half_scales[lane] = 0.5 * scale.to_f32();
+                    lanes.quarter_scales[lane] = 0.25 * plane.scale(row, part.group);
                     lanes.zeros[lane] = doubled_zero(plane, row, part.group);
                     lanes.sums[lane] = codes[part.start..part.end].iter().map(|u| *u as i32).sum();
                 }
@@ -176,8 +176,8 @@ impl IntegerWeight {
     /// Computes `y[tokens, out] = x · Wᵀ + bias`, where `x` and `W` are the values of their codes.
     ///
     /// # Panics
-    /// When `x` has other columns or segments, a zero point that is no i8, or a buffer's length
-    /// does not fit.
+    /// When `x` has other columns or segments, a zero point outside −128 to 127, or a buffer's
+    /// length does not fit.
     pub fn forward(&self, x: &QuantizedRows, bias: Option<&[f32]>, y: &mut [f32]) {
         self.forward_on(Isa::best(), x, bias, y);
     }
@@ -213,15 +213,15 @@ impl IntegerWeight {
         });
     }
 
-    /// The exact integers `Σ (2u − 2z_w)(a − z_a)` of one token and row, one per group of each
-    /// segment; `½·s_w·s_a` times them add up to the output.
+    /// The exact integers `Σ (2u − 2z_w)(2a − 2z_a)` of one token and row, one per group of each
+    /// segment; `¼·s_w·s_a` times them add up to the output.
     ///
     /// # Panics
     /// As [`Self::forward`], or when token or row do not exist.
     pub fn integers(&self, x: &QuantizedRows, token: usize, row: usize) -> Vec<i64> {
         self.tokens(x);
         let (u, a) = (nth(&self.codes, row, self.cols), nth(&x.codes, token, self.cols));
-        let zeros = nth(&x.zeros, token, self.segments.len());
+        let zeros = nth(&x.doubled_zeros, token, self.segments.len());
         let lanes = nth(&self.lanes, row / ROWS, self.parts.len());
         let mut integers = Vec::new();
         for (part, lanes) in self.parts.iter().zip(lanes) {
@@ -241,19 +241,20 @@ impl IntegerWeight {
         let (tokens, parts) = (x.codes.len() / self.cols, self.segments.len());
         assert_eq!((x.cols, &x.segments), (self.cols, &self.segments), "other inputs");
         assert_eq!(x.codes.len(), tokens * self.cols, "inputs are not whole tokens");
-        let grids = (x.scales.len(), x.zeros.len());
+        let grids = (x.scales.len(), x.doubled_zeros.len());
         assert_eq!(grids, (tokens * parts, tokens * parts), "not a grid for each segment");
-        assert!(x.zeros.iter().all(|z| (-128..128).contains(z)), "a zero point is no i8");
+        let fits = |z: &i32| (-256..=254).contains(z);
+        assert!(x.doubled_zeros.iter().all(fits), "a zero point that no code reaches");
         tokens
     }
 
-    /// `Σ (a − z_a)`, `[tokens, parts]`.
+    /// `Σ (2a − 2z_a)`, `[tokens, parts]`.
     fn centred(&self, x: &QuantizedRows, tokens: usize) -> Vec<i32> {
         let parts = self.parts.len();
         let mut sums = vec![0; tokens * parts];
         let fill = |(token, sums): (usize, &mut [i32])| {
             let codes = nth(&x.codes, token, self.cols);
-            let zeros = nth(&x.zeros, token, self.segments.len());
+            let zeros = nth(&x.doubled_zeros, token, self.segments.len());
             for (sum, part) in sums.iter_mut().zip(&self.parts) {
                 *sum = part.centred(codes, zeros);
             }
@@ -341,7 +342,7 @@ impl Job<'_> {
             u: from_fn(|r| nth(&w.codes, (row + r).min(w.rows - 1), w.cols)),
             a: from_fn(|t| nth(&x.codes, token + t, w.cols)),
             scales: from_fn(|t| nth(&x.scales, token + t, segments)),
-            zeros: from_fn(|t| nth(&x.zeros, token + t, segments)),
+            zeros: from_fn(|t| nth(&x.doubled_zeros, token + t, segments)),
             centred: from_fn(|t| nth(self.centred, token + t, parts)),
         };
         let sums: [[f32; ROWS]; T] = match self.isa {
@@ -373,7 +374,7 @@ struct Tile<'a, const T: usize> {
     a: [&'a [i8]; T],
     /// Of each segment.
     scales: [&'a [f32]; T],
-    /// Of each segment.
+    /// Of each segment, doubled.
     zeros: [&'a [i32]; T],
     /// Of each part.
     centred: [&'a [i32]; T],
@@ -397,7 +398,7 @@ impl<const T: usize> Tile<'_, T> {
                 let centred = self.centred[t][p];
                 for r in 0..ROWS {
                     let integer = lanes.integer(r, sums[t][r], zero, centred);
-                    y[t][r] += integer as f32 * (lanes.half_scales[r] * scale);
+                    y[t][r] += integer as f32 * (lanes.quarter_scales[r] * scale);
                 }
             }
         }

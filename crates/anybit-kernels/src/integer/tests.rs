@@ -1,7 +1,7 @@
 use super::*;
 use anybit_core::rng::SplitMix64;
-use anybit_core::rounding::nearest;
-use anybit_core::{Matrix, ScaleFit, Sparse};
+use anybit_core::rounding::{half_integer, nearest};
+use anybit_core::{ActivationQuantizer, Matrix, RowScale, ScaleFit, Sparse};
 use proptest::prelude::*;
 
 fn isas() -> impl Iterator<Item = Isa> {
@@ -22,7 +22,7 @@ fn rows(rng: &mut SplitMix64, tokens: usize, segments: &[usize]) -> QuantizedRow
         segments: segments.to_vec(),
         codes: (0..tokens * cols).map(|_| rng.next_u64() as i8).collect(),
         scales: (0..parts).map(|_| 0.01 + rng.uniform() as f32).collect(),
-        zeros: (0..parts).map(|_| rng.below(256) as i32 - 128).collect(),
+        doubled_zeros: (0..parts).map(|_| rng.below(511) as i32 - 256).collect(),
     }
 }
 
@@ -39,26 +39,26 @@ fn values(x: &QuantizedRows) -> Vec<f32> {
     let owners: Vec<usize> = (0..x.cols).map(owner).collect();
     let value = |(i, code): (usize, &i8)| {
         let grid = i / x.cols * x.segments.len() + owners[i % x.cols];
-        (*code as i32 - x.zeros[grid]) as f32 * x.scales[grid]
+        (2 * *code as i32 - x.doubled_zeros[grid]) as f32 * (0.5 * x.scales[grid])
     };
     x.codes.iter().enumerate().map(value).collect()
 }
 
-/// The integers from decoded weights: `w / s` is `u − z` exactly, as `w` was not rounded.
+/// The integers from decoded weights: `2w / s` is an integer, but for the rounding of `w` where
+/// scales are exact.
 fn naive(q: &QuantizedMatrix, x: &QuantizedRows, token: usize, row: usize) -> Vec<i64> {
     let decoded = q.dequantize();
     let mut out = Vec::new();
     let mut start = 0;
     for (segment, plane) in q.planes.iter().enumerate() {
         let cols = start..start + plane.cols;
-        let groups = plane.grid.groups(plane.cols);
         let len = plane.grid.group_len(plane.cols);
-        let zero = x.zeros[token * q.column_groups + segment] as i64;
+        let zero = x.doubled_zeros[token * q.column_groups + segment] as i64;
         let w = decoded.row(row)[cols.clone()].chunks(len);
         let a = nth(&x.codes, token, x.cols)[cols].chunks(len);
         for (g, (w, a)) in w.zip(a).enumerate() {
-            let scale = plane.scales[row * groups + g].to_f32();
-            let term = |(w, a): (&f32, &i8)| (2.0 * w / scale) as i64 * (*a as i64 - zero);
+            let doubled = |w: f32| (2.0 * w / plane.scale(row, g)).round() as i64;
+            let term = |(w, a): (&f32, &i8)| doubled(*w) * (2 * *a as i64 - zero);
             out.push(w.iter().zip(a).map(term).sum());
         }
         start += plane.cols;
@@ -99,7 +99,7 @@ proptest! {
     #[test]
     fn equals_the_linear_on_values(tokens in 1usize..=9, out in 1usize..50,
                                    widths in prop::collection::vec(1usize..150, 1..=2),
-                                   bits in (1u8..=8, 1u8..=8), kind in 0..3,
+                                   bits in (1u8..=8, 1u8..=8), kind in 0..4,
                                    group in 0usize..9, biased in any::<bool>(),
                                    seed in any::<u64>()) {
         let mut rng = SplitMix64::new(seed);
@@ -107,7 +107,7 @@ proptest! {
         let planes: Vec<Plane> = widths.iter().zip(bits).map(|(cols, bits)| {
             let group = (group > 0 && 8 * group <= *cols).then_some(8 * group);
             let grid = match kind {
-                0 => GridSpec::HalfInteger { bits, group_size: group },
+                0 | 3 => GridSpec::HalfInteger { bits, group_size: group, exact: kind == 3 },
                 _ => GridSpec::affine(bits, kind == 1, group),
             };
             plane(&mut rng, (out, *cols), grid)
@@ -168,17 +168,54 @@ fn long_groups_are_computed_in_pieces() {
         let w = Matrix::from_vec(out, cols, w).unwrap();
         let grid = GridSpec::affine(bits, symmetric, None);
         let q = QuantizedMatrix::single(nearest(&w, grid, ScaleFit::MinMax).unwrap());
-        for (code, zero) in [(-128, 127), (127, -128)] {
+        for (code, zero) in [(-128, 254), (127, -256), (-128, -1), (127, -1)] {
             let x = QuantizedRows {
                 cols,
                 segments: vec![cols],
                 codes: vec![code; cols],
                 scales: vec![0.5],
-                zeros: vec![zero],
+                doubled_zeros: vec![zero],
             };
             check(&q, &x, None);
             let weight = IntegerWeight::new(&q, &[cols]).unwrap();
             assert_eq!(weight.integers(&x, 0, 0).len(), 1);
+        }
+    }
+}
+
+/// Weights and activations on the grids that they are trained on: the integers of QuEST's kernels,
+/// and the product of the fake-quantized values.
+#[test]
+fn half_integers_are_what_was_trained() {
+    let mut rng = SplitMix64::new(12);
+    let (out, cols, tokens) = (9, 256, 5);
+    for (w_bits, a_bits) in [(1, 1), (2, 2), (3, 5), (4, 4), (8, 8), (8, 1), (1, 8)] {
+        for scale in [RowScale::Rms, RowScale::Largest] {
+            let w = (0..out * cols).map(|_| 0.02 * rng.normal() as f32).collect();
+            let w = Matrix::from_vec(out, cols, w).unwrap();
+            let q = QuantizedMatrix::single(half_integer(&w, w_bits, None, scale).unwrap());
+            let quantizer = ActivationQuantizer::half_integer(cols, a_bits, scale);
+            let mut x: Vec<f32> = (0..tokens * cols).map(|_| rng.normal() as f32).collect();
+            let mut coded = QuantizedRows::default();
+            crate::quantize_rows(&quantizer, &x, &mut coded);
+            check(&q, &coded, None);
+            crate::fake_rows(&quantizer, &mut x);
+            assert_eq!(values(&coded), x);
+            let weight = IntegerWeight::new(&q, &[cols]).unwrap();
+            let middle = 1i64 << (w_bits - 1);
+            for (token, row) in [(0, 0), (4, 8), (2, 5)] {
+                let u = nth(&weight.codes, row, cols).iter().map(|u| *u as i64 - middle);
+                let pairs: Vec<(i64, i64)> =
+                    u.zip(nth(&coded.codes, token, cols)).map(|(w, a)| (w, *a as i64)).collect();
+                let sum = |f: fn(&(i64, i64)) -> i64| pairs.iter().map(f).sum::<i64>();
+                let product = sum(|(w, a)| w * a);
+                let four_times = 4 * product + 2 * sum(|p| p.0) + 2 * sum(|p| p.1) + cols as i64;
+                assert_eq!(weight.integers(&coded, token, row), [four_times]);
+                if (w_bits, a_bits) == (1, 1) {
+                    let different = sum(|(w, a)| i64::from(w != a));
+                    assert_eq!(four_times, cols as i64 - 2 * different);
+                }
+            }
         }
     }
 }

@@ -218,7 +218,7 @@ impl<'a> TransformWriter<'a> {
             sites
                 .extend(self.cache.read::<BTreeMap<_, _>>(&sites_file(layer))?.unwrap_or_default());
         }
-        let version = format_version(true);
+        let version = format_version(true, false);
         let manifest = Manifest {
             format_version: version.0,
             format_minor: version.1,

@@ -155,7 +155,8 @@ fn equals_the_quantizers() {
             let mut want = x.data().to_vec();
             let segments = segments.map(|(cols, bits)| Segment { cols, bits }).to_vec();
             let clip = (sigmoid(1.5), sigmoid(2.5));
-            ActivationQuantizer { segments, symmetric, clip, half: false }.fake(&mut want);
+            let (half, row_scale) = (false, None);
+            ActivationQuantizer { segments, symmetric, clip, half, row_scale }.fake(&mut want);
             assert_eq!(y, want, "{bits} bits");
         }
         for bits in 1..=8u8 {
