@@ -7,7 +7,11 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{Lab, Run, contents, entries, prose};
+use anybit::grad::train::{Precision, QuantizedDecoder, QuantizerRecipe};
+use anybit::grad::{Tape, TrainDecoder};
+use anybit::io::Checkpoint;
+use anybit::runtime::Decoder;
+use common::{Lab, Run, contents, entries, logits, prose};
 use serde_json::Value;
 
 const USAGE: i32 = 2;
@@ -91,16 +95,75 @@ fn it_learns_and_says_what_it_did() {
     assert!((2..=3).contains(&entries(&lab.path("run/checkpoints")).len()));
     lab.ok("inspect run/model");
     lab.ok("verify run/model");
+    lab.ok("generate run/model --raw --prompt the --max-tokens 4");
+}
+
+/// Logits of the training graph with the weights of a checkpoint, `[tokens, vocab]`.
+fn trained_logits(folder: &Path, recipe: &QuantizerRecipe, tokens: &[u32]) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let decoder = TrainDecoder::load(&checkpoint, tokens.len()).unwrap();
+    let student = QuantizedDecoder::new(decoder, recipe.clone(), Precision::F32).unwrap();
+    let (mut weights_tape, mut tape) = (Tape::default(), Tape::default());
+    let weights = student.weights(&mut weights_tape, false);
+    let leaves = student.leaves(&weights, &weights_tape, &mut tape, false);
+    let hidden = student.forward(&mut tape, &leaves, tokens, tokens.len()).unwrap().hidden;
+    let logits = student.decoder.logits(&mut tape, &leaves.vars, hidden);
+    tape.data(logits).to_vec()
+}
+
+/// What training simulated is what the runtime computes from the packed codes.
+#[test]
+fn the_packed_model_computes_what_training_simulated() {
+    for (bits, kind) in [(1, "quest"), (2, "quest"), (4, "quest"), (8, "quest"), (4, "absmax")] {
+        let both = format!("{{ type = \"{kind}\", bits = {bits}, hadamard = 32 }}");
+        let lab = lab(&recipe(&format!("weights = {both}\nactivations = {both}"), "steps = 6"));
+        lab.ok("train recipe.toml");
+        lab.ok("verify run/model");
+        let report = common::read_json(&lab.path("run/report.json"));
+        assert_eq!(report["format"], "packed");
+        let quantizer: QuantizerRecipe =
+            serde_json::from_value(report["quantizer"].clone()).unwrap();
+        let tokens: Vec<u32> = (0..24).map(|i| i * 7 % 290).collect();
+        let step = lab.path("run/checkpoints/step-00000006");
+        let simulated = trained_logits(&step, &quantizer, &tokens);
+        let decoder = Decoder::load(&lab.open("run/model"), 32).unwrap();
+        let computed = logits(&decoder, &tokens);
+        let largest = simulated.iter().fold(0f32, |m, v| m.max(v.abs()));
+        // All tokens at once, and one after another.
+        assert_eq!(2 * simulated.len(), computed.len());
+        for (a, b) in simulated.iter().cycle().zip(&computed) {
+            assert!((a - b).abs() < 2e-4 * largest, "{kind} {bits}: {a} and {b} of {largest}");
+        }
+    }
+}
+
+/// Estimators that the format has no codes for become ordinary weights on their grid.
+#[test]
+fn weights_without_codes_are_written_as_numbers() {
+    let ternary = "weights = { type = \"ternary\", hadamard = 32, form = \"full\" }";
+    let lab = lab(&recipe(ternary, "steps = 4"));
+    let report = Run::of("train", lab.command("train recipe.toml --json -")).json();
+    assert_eq!(report["format"], "dense");
+    let loss = report["validation_loss"].as_f64().unwrap();
+    let quantizer: QuantizerRecipe = serde_json::from_value(report["quantizer"].clone()).unwrap();
+    assert!(loss.is_finite());
+    let tokens: Vec<u32> = (0..24).map(|i| i * 7 % 290).collect();
+    let step = lab.path("run/checkpoints/step-00000004");
+    let simulated = trained_logits(&step, &quantizer, &tokens);
+    let computed = logits(&Decoder::load(&lab.open("run/model"), 32).unwrap(), &tokens);
+    for (a, b) in simulated.iter().cycle().zip(&computed) {
+        assert!((a - b).abs() < 1e-4, "{a} and {b}");
+    }
 }
 
 #[test]
 fn cut_anywhere_it_ends_in_the_same_bytes() {
     for quantizer in [QUEST, LEARNED] {
         let lab = lab(&recipe(quantizer, "steps = 24\ncheckpoint_every = 6\nmicro_batch = 4"));
-        lab.ok("train recipe.toml --out whole --threads 1");
+        lab.ok("train recipe.toml --out whole/run --threads 1");
         let mut child =
-            lab.command("--quiet train recipe.toml --out cut --threads 2").spawn().unwrap();
-        let checkpoint = lab.path("cut/checkpoints/step-00000006/state.json");
+            lab.command("--quiet train recipe.toml --out cut/run --threads 2").spawn().unwrap();
+        let checkpoint = lab.path("cut/run/checkpoints/step-00000006/state.json");
         let start = Instant::now();
         while !checkpoint.exists() {
             assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint");
@@ -109,8 +172,8 @@ fn cut_anywhere_it_ends_in_the_same_bytes() {
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        lab.ok("train recipe.toml --out cut --threads 2 --resume");
-        let (whole, cut) = (lasting(&lab, "whole"), lasting(&lab, "cut"));
+        lab.ok("train recipe.toml --out cut/run --threads 2 --resume");
+        let (whole, cut) = (lasting(&lab, "whole/run"), lasting(&lab, "cut/run"));
         assert_eq!(whole.0, cut.0);
         assert!(whole.1 == cut.1, "files differ");
     }

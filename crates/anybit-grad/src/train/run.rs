@@ -16,6 +16,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use anybit_core::Site;
 use anybit_io::atomic::write_bytes;
 use anybit_io::tokenizer::Tokenizer;
 use anybit_io::{Checkpoint, IoError, ModelConfig};
@@ -234,6 +235,18 @@ fn decoder(recipe: &TrainRecipe, tokenizer: &Tokenizer, corpus: &Corpus) -> Resu
     let (context, vocab) = (recipe.data.context, corpus.vocab_size());
     if let Some(path) = &recipe.model.init {
         let checkpoint = Checkpoint::open(path)?;
+        for layer in 0..checkpoint.config.num_layers {
+            let sites = checkpoint.block_sites(layer)?;
+            if let Some(site) = Site::ALL.into_iter().find(|s| sites.quantizer(*s).is_some()) {
+                let what = format!(
+                    "rounds what flows at {} by a grid that training does not know: begin with the \
+                     model before its activations were quantized (the transformed model in the \
+                     cache of that run)",
+                    site.name()
+                );
+                return Err(TrainError::recipe("model.init", what));
+            }
+        }
         let known = checkpoint.config.vocab_size;
         if vocab > known {
             let what = format!("has {vocab} tokens, but the model of model.init only {known}");
@@ -445,7 +458,7 @@ impl Session<'_> {
         let model = self.out.join("model");
         let format = export::format(&self.trainer.student);
         if comm.rank() == 0 {
-            export::write(&mut self.trainer.student, self.recipe, &model)?;
+            export::write(&self.trainer.student, self.recipe, &model)?;
         }
         self.speeds.sort_by(f64::total_cmp);
         let context = self.recipe.data.context;
