@@ -44,7 +44,7 @@ pub struct Options {
 impl Options {
     /// The defaults for an output folder.
     pub fn new(out: impl Into<PathBuf>) -> Self {
-        let (calibration_tokens, tokens) = (8192, 4096);
+        let (calibration_tokens, tokens) = (4096, 4096);
         Self { out: out.into(), force: false, bits: vec![2, 3, 4], calibration_tokens, tokens }
     }
 }
@@ -111,8 +111,18 @@ fn recipes(bits: u8, tokens: usize) -> Vec<(String, Recipe)> {
     let transformed = behind.map(|name| {
         let mut recipe = Recipe { method: "gptq".into(), transform: name.into(), ..base.clone() };
         (recipe.a_bits, recipe.kv_bits) = (Some(bits), Some(bits));
-        if name == "flatquant" {
-            recipe.transform_options.insert("effort".into(), "fast".into());
+        // Little is learned, so that the demo takes a minute.
+        let mut set = |key: &str, value: toml::Value| {
+            recipe.transform_options.insert(key.into(), value);
+        };
+        match name {
+            "flatquant" => {
+                set("effort", "fast".into());
+                set("seqlen", (CTX as i64).into());
+                set("samples", 32.into());
+            }
+            "spinquant" => set("steps", 30.into()),
+            _ => {}
         }
         (format!("{name} W{bits}A{bits}KV{bits}"), recipe)
     });

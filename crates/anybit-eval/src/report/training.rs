@@ -46,8 +46,13 @@ fn to_svg(draw: impl FnOnce(&mut String) -> Drawn) -> Result<String> {
 fn prepared(curve: &Curve) -> Curve {
     let finite = curve.points.iter().filter(|(x, y)| x.is_finite() && y.is_finite()).copied();
     let mut points: Vec<(f64, f64)> = finite.collect();
+    let mut name = curve.name.clone();
     if !curve.markers {
-        let keep = 1.0 - 1.0 / (points.len() as f64 / 50.0).max(1.0);
+        let window = (points.len() as f64 / 50.0).max(1.0);
+        let keep = 1.0 - 1.0 / window;
+        if window > 1.0 {
+            name.push_str(&format!(", mean over {window:.0} points"));
+        }
         let (mut mean, mut weight) = (0.0, 0.0);
         for (_, y) in &mut points {
             mean = keep * mean + (1.0 - keep) * *y;
@@ -55,7 +60,7 @@ fn prepared(curve: &Curve) -> Curve {
             *y = mean / weight;
         }
     }
-    Curve { points, ..curve.clone() }
+    Curve { name, points, markers: curve.markers }
 }
 
 /// The range of values, a twentieth wider on both sides.
@@ -193,7 +198,8 @@ mod tests {
         };
         let curves = [curve("training", line, false), curve("validation", marked.clone(), true)];
         let svg = loss_plot(&curves).unwrap();
-        assert!(svg.starts_with("<svg") && svg.contains("training") && svg.contains("tokens"));
+        assert!(svg.starts_with("<svg") && svg.contains("training, mean over 4 points"));
+        assert!(svg.contains("tokens") && svg.contains("loss, nats per token"));
         assert_eq!(svg.matches("<circle").count(), 2);
         assert_eq!(svg, loss_plot(&curves).unwrap());
         marked.retain(|p| p.1.is_nan());

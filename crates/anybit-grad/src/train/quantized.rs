@@ -75,6 +75,13 @@ pub struct LeafGradients {
     learned: Vec<Vec<f32>>,
 }
 
+impl LeafGradients {
+    /// All gradients: of the operands, and of what activations' estimators learn.
+    pub fn parts_mut(&mut self) -> [&mut Vec<Vec<f32>>; 2] {
+        [&mut self.operands, &mut self.learned]
+    }
+}
+
 /// Gradients with respect to the parameters, in the order of [`QuantizedDecoder::parameters`].
 pub type Gradients = Vec<Vec<f32>>;
 
@@ -285,6 +292,15 @@ impl QuantizedDecoder {
             self.round(tape, self.activations.as_deref(), x, learned)
         };
         Ok(self.decoder.forward_at(tape, &leaves.vars, tokens, seqlen, &mut at)?)
+    }
+
+    /// Gradients of the right lengths that are all `value`.
+    pub fn no_gradients(&mut self, value: f32) -> LeafGradients {
+        let of = |len: usize| vec![value; len];
+        let operands = self.decoder.parameters_mut().iter().map(|p| of(p.1.len())).collect();
+        let sites = self.learned.iter().filter(|(operand, _)| !operand.ends_with(".weight"));
+        let learned = sites.flat_map(|(_, values)| values.iter().map(|(_, v)| of(v.len())));
+        LeafGradients { learned: learned.collect(), operands }
     }
 
     /// Adds the gradients of a micro-batch to `sum`, after the backward pass.

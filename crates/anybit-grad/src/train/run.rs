@@ -208,7 +208,8 @@ fn texts(
     let mut make = || {
         let init = recipe.model.init.as_deref();
         let tokenizer = tokenizer(&recipe.data, init, &recipe.out.join("tokenizer"))?;
-        let bos = tokenizer.id_of("<s>");
+        // What the tokenizer puts before a text, if anything, is what documents begin with.
+        let bos = tokenizer.encode("", true)?.first().copied();
         let folder = recipe.out.join("data");
         let mut progress = |done, total| watch(Event::Tokenizing(done, total));
         let corpus =
@@ -270,7 +271,7 @@ fn decoder(recipe: &TrainRecipe, tokenizer: &Tokenizer, corpus: &Corpus) -> Resu
     if let Some(tied) = recipe.model.tie_embeddings {
         config.tie_embeddings = tied;
     }
-    config.bos_token_id = tokenizer.id_of("<s>");
+    config.bos_token_id = tokenizer.encode("", true)?.first().copied();
     config.eos_token_ids = tokenizer.id_of("</s>").into_iter().collect();
     config.validate(&recipe.out)?;
     Ok(initialize(&config, recipe.seed, context))

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use super::corpus::Corpus;
 use super::distributed::{Communicator, sum_f64, sum_gradients};
-use super::quantized::LeafGradients;
+use super::quantized::{LeafGradients, WeightVars};
 use super::{QuantizedDecoder, Result, TrainSettings};
 use crate::{AdamW, DecoderOutput, OneCycle, Tape, Update, Var, clip_factor, global_norm};
 
@@ -106,26 +106,25 @@ impl Trainer {
         objective: Objective<'_>,
     ) -> Result<std::result::Result<StepReport, NotFinite>> {
         let positions = corpus.positions(self.step, self.settings.batch, comm)?;
-        let found = self.gradients(corpus, positions, objective);
+        let found = self.leaf_gradients(corpus, positions, objective);
         self.tape.reset();
-        self.weights_tape.reset();
-        let (loss, mut grads) = match found? {
-            Ok(found) => found,
+        let found = found?;
+        let (loss, mut sum) = match &found {
+            Ok((loss, ..)) => (*loss, None),
             // The other ranks must hear of it too: their sums become NaN.
-            Err(found) if comm.size() > 1 => {
-                let zeros =
-                    self.student.parameters().into_iter().map(|p| vec![f32::NAN; p.1.len()]);
-                let zeros = zeros.collect();
-                self.reduce(f64::NAN, zeros, comm)?;
-                return Ok(Err(found));
-            }
-            Err(found) => return Ok(Err(found)),
+            Err(_) => (f64::NAN, Some(self.student.no_gradients(f32::NAN))),
         };
-        let loss = {
-            let (loss, reduced) = self.reduce(loss, std::mem::take(&mut grads), comm)?;
-            grads = reduced;
-            loss
+        let (weights, mut sum, failed) = match found {
+            Ok((_, sum, weights)) => (Some(weights), sum, None),
+            Err(failed) => (None, sum.take().unwrap_or_default(), Some(failed)),
         };
+        let loss = reduce(loss, &mut sum, comm)?;
+        let (Some(weights), None) = (weights, &failed) else {
+            self.weights_tape.reset();
+            return Ok(Err(failed.unwrap_or_else(elsewhere)));
+        };
+        let grads = self.student.finish(&weights, &mut self.weights_tape, sum);
+        self.weights_tape.reset();
         let ranks = comm.size() as f64;
         let grad_norm = global_norm(grads.iter().map(|g| &g[..])) / ranks;
         if !grad_norm.is_finite() || !loss.is_finite() {
@@ -150,30 +149,13 @@ impl Trainer {
         Ok(Ok(StepReport { loss, grad_norm, lr }))
     }
 
-    /// Sums over the ranks; the loss becomes their mean.
-    fn reduce(
-        &self,
-        loss: f64,
-        mut grads: Vec<Vec<f32>>,
-        comm: &mut dyn Communicator,
-    ) -> Result<(f64, Vec<Vec<f32>>)> {
-        if comm.size() == 1 {
-            return Ok((loss, grads));
-        }
-        sum_gradients(comm, &mut grads)?;
-        let mut sum = [loss];
-        sum_f64(comm, &mut sum)?;
-        Ok((sum[0] / comm.size() as f64, grads))
-    }
-
-    /// Mean loss over the sequences at `positions` and its gradients.
-    #[allow(clippy::type_complexity)]
-    fn gradients(
+    /// Mean loss over the sequences at `positions`, and its gradients with respect to the operands.
+    fn leaf_gradients(
         &mut self,
         corpus: &mut Corpus,
         positions: Range<u64>,
         objective: Objective<'_>,
-    ) -> Result<std::result::Result<(f64, Vec<Vec<f32>>), NotFinite>> {
+    ) -> Result<std::result::Result<(f64, LeafGradients, WeightVars), NotFinite>> {
         let Self { student, weights_tape, tape, context, .. } = self;
         let weights = student.weights(weights_tape, true);
         let count = positions.end - positions.start;
@@ -197,7 +179,7 @@ impl Trainer {
             tape.reset();
             start = end;
         }
-        Ok(Ok((total, student.finish(&weights, weights_tape, sum))))
+        Ok(Ok((total, sum, weights)))
     }
 
     /// The uppermost parameter whose gradient is no number: gradients flow downwards from there.
@@ -211,7 +193,7 @@ impl Trainer {
         let place = bad.max_by_key(|name| layer(name)).cloned();
         NotFinite {
             what: "a gradient is no number".into(),
-            place: place.unwrap_or_else(|| "the sum over the ranks".into()),
+            place: place.unwrap_or_else(|| elsewhere().place),
         }
     }
 
@@ -257,6 +239,25 @@ impl Trainer {
         let (inputs, _) = corpus.validation(&[0])?;
         self.student.trusted_shares(&inputs, self.context)
     }
+}
+
+/// Sums the gradients over the ranks; returns the mean of the losses. Operands' gradients are
+/// summed, not parameters', so that ranks compute what micro-batches of one process do.
+fn reduce(loss: f64, sum: &mut LeafGradients, comm: &mut dyn Communicator) -> Result<f64> {
+    if comm.size() == 1 {
+        return Ok(loss);
+    }
+    for grads in sum.parts_mut() {
+        sum_gradients(comm, grads)?;
+    }
+    let mut loss = [loss];
+    sum_f64(comm, &mut loss)?;
+    Ok(loss[0] / comm.size() as f64)
+}
+
+/// Another rank found it.
+fn elsewhere() -> NotFinite {
+    NotFinite { what: "a value is no number".into(), place: "another rank".into() }
 }
 
 /// The first layer whose output is no number.

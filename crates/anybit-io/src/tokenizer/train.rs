@@ -81,9 +81,27 @@ pub fn train_bpe(
     tokenizer.with_pre_tokenizer(Some(PreTokenizerWrapper::ByteLevel(byte_level)));
     tokenizer.with_decoder(Some(DecoderWrapper::ByteLevel(byte_level)));
     tokenizer.train(&mut trainer, texts).map_err(|e| super::refused(path, &e))?;
-    let json = tokenizer.to_string(true).map_err(|e| super::refused(path, &e))?;
+    let json = tokenizer.to_string(false).map_err(|e| super::refused(path, &e))?;
+    let json = with_bos(&json, &options.bos, path)?;
     let vocab_size = tokenizer.get_vocab_size(true);
     Ok(TrainedTokenizer { json, vocab_size, options: options.clone() })
+}
+
+/// `tokenizer.json` with a post-processor that begins a text with BOS, as documents begin in
+/// training; `add_bos_token` of `tokenizer_config.json` alone does not make loaders do it.
+fn with_bos(json: &str, bos: &str, path: &Path) -> Result<String> {
+    let damaged = |e: serde_json::Error| IoError::damaged(path, e.to_string());
+    let mut json: serde_json::Value = serde_json::from_str(json).map_err(damaged)?;
+    let id = json["model"]["vocab"][bos].clone();
+    let special = |kind: u32| json!({"SpecialToken": {"id": bos, "type_id": kind}});
+    let text = |name: &str, kind: u32| json!({"Sequence": {"id": name, "type_id": kind}});
+    json["post_processor"] = json!({
+        "type": "TemplateProcessing",
+        "single": [special(0), text("A", 0)],
+        "pair": [special(0), text("A", 0), special(1), text("B", 1)],
+        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+    });
+    serde_json::to_string_pretty(&json).map_err(damaged)
 }
 
 impl TrainedTokenizer {
@@ -135,6 +153,8 @@ mod tests {
         let tokenizer = loaded(&a);
         assert!(tokenizer.encode("the rain", false).unwrap().len() < 5);
         assert_eq!((tokenizer.id_of("<s>"), tokenizer.id_of("</s>")), (Some(0), Some(1)));
+        let [plain, begun] = [false, true].map(|add| tokenizer.encode("the rain", add).unwrap());
+        assert_eq!(begun, [&[0][..], &plain[..]].concat());
         // There are not so many pairs.
         assert!(trained(5000).vocab_size() < 400);
     }

@@ -1,5 +1,6 @@
-//! Files to documents, in pieces of about a mebibyte. A piece of plain text ends at a line end
-//! that no white space follows, so that tokenizing pieces gives the tokens of the whole.
+//! Files to documents, in pieces of about a mebibyte. A piece of plain text ends at a line end that
+//! stands alone between visible characters, where byte-level tokenizers cut anyway. Where there is
+//! none near, it ends after a run of white space, whose tokens may then differ from the whole's.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -131,12 +132,15 @@ struct Text {
     buffer: Vec<u8>,
     handed_out: u64,
     ended: bool,
+    /// Whether a piece was handed out: an empty file is one empty document.
+    begun: bool,
 }
 
 impl Text {
     fn open(path: &Path) -> Result<Self> {
         let reader = open(path)?;
-        Ok(Self { reader, path: path.to_owned(), buffer: Vec::new(), handed_out: 0, ended: false })
+        let path = path.to_owned();
+        Ok(Self { reader, path, buffer: Vec::new(), handed_out: 0, ended: false, begun: false })
     }
 
     fn piece(&mut self) -> Result<Option<(String, bool, u64)>> {
@@ -152,16 +156,20 @@ impl Text {
             if self.ended && self.buffer.len() <= searched {
                 break self.buffer.len();
             }
-            let cut = |pair: &[u8]| pair[0] == b'\n' && !pair[1].is_ascii_whitespace();
-            // The byte before is looked at again: a line may have ended just there.
-            match self.buffer[searched - 1..].windows(2).position(cut) {
+            let loose = |t: &[u8]| t[1] == b'\n' && !t[2].is_ascii_whitespace();
+            let exact = |t: &[u8]| loose(t) && !t[0].is_ascii_whitespace();
+            // The bytes before are looked at again: a line may have ended just there.
+            let tail = &self.buffer[searched - 2..];
+            let found = tail.windows(3).position(exact);
+            match found.or_else(|| tail.windows(3).position(loose)) {
                 Some(at) => break searched + at,
                 None => searched = self.buffer.len(),
             }
         };
-        if end == 0 {
+        if end == 0 && self.begun {
             return Ok(None);
         }
+        let starts_document = !std::mem::replace(&mut self.begun, true);
         let rest = self.buffer.split_off(end);
         let bytes = std::mem::replace(&mut self.buffer, rest);
         let first = self.handed_out;
@@ -170,7 +178,7 @@ impl Text {
             path: self.path.clone(),
             offset: first + e.utf8_error().valid_up_to() as u64,
         })?;
-        Ok(Some((text, first == 0, self.handed_out)))
+        Ok(Some((text, starts_document, self.handed_out)))
     }
 }
 
@@ -267,6 +275,12 @@ mod tests {
             assert!(pair[0].text.ends_with('\n'));
             assert!(!pair[1].text.starts_with(char::is_whitespace));
         }
+        // Paragraphs are left whole where a line end stands alone.
+        let paragraphs = "one line\n\nand another\nand more\n".repeat(PIECE / 16);
+        let (_folder, files) = written("c.txt", paragraphs.as_bytes());
+        let pieces = all(&files).unwrap();
+        assert_eq!(pieces.iter().map(|p| p.text.as_str()).collect::<String>(), paragraphs);
+        assert!(pieces.len() >= 2 && !pieces[0].text.ends_with("\n\n"));
         // A line end never comes: one piece.
         let (_folder, files) = written("b.txt", &vec![b'x'; 2 * PIECE + 5]);
         assert_eq!(all(&files).unwrap().len(), 1);
@@ -280,6 +294,10 @@ mod tests {
         let texts: Vec<String> = documents.by_ref().map(|p| p.unwrap().text).collect();
         assert_eq!(texts, ["one", "two"]);
         assert_eq!(documents.skipped(), 2);
+        let (_folder, files) = written("empty.txt", b"");
+        let mut documents = Documents::open(&files, "text").unwrap();
+        assert!(documents.next().is_none());
+        assert_eq!(documents.skipped(), 1);
     }
 
     #[test]

@@ -57,11 +57,15 @@ impl TokenFile {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
         let key = key(files, text_key, tokenizer, bos)?;
-        if let Some(file) = Self::open(path)?.filter(|file| file.header.key == key) {
+        // The key comes first: what is there of other texts is replaced, whatever its length.
+        if let Some(header) = read_header(path).filter(|header| header.key == key)
+            && let Some(file) = Self::open(path, header)?
+        {
             file.verify()?;
             return Ok(file);
         }
-        let width = if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 };
+        let vocab = tokenizer.vocab_size();
+        let width = if vocab <= 1 << 16 { 2 } else { 4 };
         let total = total_bytes(files)?;
         let mut documents = Documents::open(files, text_key)?;
         let (mut hash, mut tokens, mut count) = (blake3::Hasher::new(), 0, 0);
@@ -81,8 +85,16 @@ impl TokenFile {
                     count += 1;
                     ids.splice(0..0, bos);
                 }
-                let bytes: Vec<u8> =
-                    ids.iter().flat_map(|id| id.to_le_bytes()[..width].to_vec()).collect();
+                // Vocabularies with gaps have ids beyond their size; u16 would cut them short.
+                if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+                    let what = format!(
+                        "token {id} is outside the tokenizer's vocabulary of {vocab}: its ids have \
+                         gaps; number them without"
+                    );
+                    return Err(IoError::unsupported(path, what));
+                }
+                let mut bytes = Vec::with_capacity(ids.len() * width);
+                ids.iter().for_each(|id| bytes.extend_from_slice(&id.to_le_bytes()[..width]));
                 tokens += ids.len();
                 hash.update(&bytes);
                 out.write_all(&bytes).map_err(|e| IoError::file("write", path, e))?;
@@ -104,12 +116,10 @@ impl TokenFile {
         Ok(Self { path: path.to_owned(), header, map })
     }
 
-    /// The file at `path`, if there is a whole one.
-    fn open(path: &Path) -> Result<Option<Self>> {
-        let Ok(text) = fs::read_to_string(header_path(path)) else { return Ok(None) };
-        let Ok(header) = serde_json::from_str::<Header>(&text) else { return Ok(None) };
+    /// The file at `path`, if there is one; it must be as long as its header says.
+    fn open(path: &Path, header: Header) -> Result<Option<Self>> {
         let Ok(found) = fs::metadata(path) else { return Ok(None) };
-        if found.len() != (header.tokens * header.width) as u64 {
+        if header.tokens.checked_mul(header.width).map(|n| n as u64) != Some(found.len()) {
             return Err(DataError::Damaged { path: path.to_owned() });
         }
         Ok(Some(Self { path: path.to_owned(), map: map(path)?, header }))
@@ -156,6 +166,12 @@ impl TokenFile {
             _ => u32::from_le_bytes([b[0], b[1], b[2], b[3]]),
         }));
     }
+}
+
+/// What stands beside the file at `path`; `None` where it says nothing that we know.
+fn read_header(path: &Path) -> Option<Header> {
+    let text = fs::read_to_string(header_path(path)).ok()?;
+    serde_json::from_str::<Header>(&text).ok().filter(|header| matches!(header.width, 2 | 4))
 }
 
 fn header_path(path: &Path) -> PathBuf {
@@ -271,6 +287,9 @@ mod tests {
         assert!(error.contains("a.tokens") && error.contains("delete"), "{error}");
         fs::write(lab.file("a.tokens"), &bytes[..3]).unwrap();
         assert!(matches!(lab.prepare(), Err(DataError::Damaged { .. })));
+        // Of other texts it does not matter: a run that stopped between the two files goes on.
+        fs::write(lab.file("a.jsonl"), "{\"text\":\"plain\"}\n").unwrap();
+        assert!(lab.prepare().unwrap().1);
         fs::remove_file(lab.file("a.tokens")).unwrap();
         assert!(lab.prepare().unwrap().1);
     }

@@ -90,4 +90,16 @@ mod tests {
         fs::write(&path, "{}\n").unwrap();
         assert!(JsonLines::read(&path).unwrap_err().to_string().contains("line 1"));
     }
+
+    #[test]
+    fn a_loss_that_is_no_number_does_not_make_the_log_unreadable() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.jsonl");
+        let mut record = Record::new(Kind::Validation, 7, 70, f64::NAN);
+        record.extra.insert("kl".into(), f64::INFINITY);
+        JsonLines::open(&path, None).unwrap().write(&record).unwrap();
+        drop(JsonLines::open(&path, Some(7)).unwrap());
+        let read = JsonLines::read(&path).unwrap();
+        assert!(read[0].loss.is_nan() && read[0].extra["kl"].is_nan());
+    }
 }

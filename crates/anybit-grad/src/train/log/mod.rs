@@ -6,7 +6,7 @@ mod tensorboard;
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use jsonl::JsonLines;
 pub use tensorboard::TensorBoard;
@@ -30,7 +30,8 @@ pub struct Record {
     pub step: u64,
     /// Tokens trained on.
     pub tokens: u64,
-    /// Loss, in nats per token.
+    /// Loss, in nats per token; `null` in the file where it is not finite, read back as NaN.
+    #[serde(deserialize_with = "number")]
     pub loss: f64,
     /// Learning rate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -45,10 +46,10 @@ pub struct Record {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
     /// Share of the entries that pass gradient, by operand.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, deserialize_with = "numbers", skip_serializing_if = "BTreeMap::is_empty")]
     pub trusted: BTreeMap<String, f64>,
     /// What else a trainer reports, by name.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, deserialize_with = "numbers", skip_serializing_if = "BTreeMap::is_empty")]
     pub extra: BTreeMap<String, f64>,
 }
 
@@ -59,4 +60,14 @@ impl Record {
         let (lr, grad_norm, tokens_per_s, seconds) = (None, None, None, None);
         Self { kind, step, tokens, loss, lr, grad_norm, tokens_per_s, seconds, trusted, extra }
     }
+}
+
+/// JSON has no NaN: serde_json writes `null`, and a log must stay readable to be resumed.
+fn number<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
+fn numbers<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, f64>, D::Error> {
+    let read = BTreeMap::<String, Option<f64>>::deserialize(from)?;
+    Ok(read.into_iter().map(|(name, value)| (name, value.unwrap_or(f64::NAN))).collect())
 }

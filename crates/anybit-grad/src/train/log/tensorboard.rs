@@ -8,7 +8,8 @@
 //!          7 session_log { 1 status: START = 1 }
 //! ```
 //!
-//! A start event at a step makes TensorBoard forget what other files have after it: a resumed run.
+//! A start event makes TensorBoard forget what other files have at its step and after: a run that
+//! goes on from step `N` says `N + 1`.
 
 use std::fs::File;
 use std::io::Write;
@@ -43,7 +44,8 @@ impl TensorBoard {
             let (mut start, mut event) = (Message::default(), Message::default());
             start.varint(1, 1);
             event.double(1, wall_time);
-            event.varint(2, step);
+            // TensorBoard keeps steps below the event's; `step` itself is not written again.
+            event.varint(2, step + 1);
             event.bytes(7, &start.0);
             board.frame(&event.0)?;
         }
@@ -192,6 +194,35 @@ mod tests {
     fn sums_are_castagnolis() {
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
         assert_eq!(crc32c(b""), 0);
+        // The first frame of a file begun at 256.5 s: its length, 24, and its data.
+        assert_eq!(masked_crc(&24u64.to_le_bytes()), 0x224b_7fa3);
+        let first = b"\x09\x00\x00\x00\x00\x00\x08\x70\x40\x1a\x0dbrain.Event:2";
+        assert_eq!(masked_crc(first), 0x2b21_98bc);
+    }
+
+    #[test]
+    fn records_have_the_documented_tags() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut board = TensorBoard::create(folder.path(), 1e9, None).unwrap();
+        let mut step = Record::new(Kind::Step, 1, 64, 3.0);
+        (step.lr, step.grad_norm, step.tokens_per_s) = (Some(1e-3), Some(0.5), Some(900.0));
+        step.extra.insert("kl".into(), 0.25);
+        board.record(&step, 1e9).unwrap();
+        let mut validation = Record::new(Kind::Validation, 1, 64, 2.9);
+        validation.trusted.insert("layers.0.self_attn.q_proj.weight".into(), 0.98);
+        board.record(&validation, 1e9).unwrap();
+        let path = folder.path().join("events.out.tfevents.1000000000.anybit");
+        let tags: Vec<String> = frames(&std::fs::read(path).unwrap())[1..]
+            .iter()
+            .map(|data| {
+                // 9 bytes of time, 2 of step, then 2 each of the headers of summary, value and tag.
+                let len = usize::from(data[16]);
+                String::from_utf8(data[17..17 + len].to_vec()).unwrap()
+            })
+            .collect();
+        let train = ["train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s"];
+        let rest = ["extra/kl", "validation/loss", "trusted/layers.0.self_attn.q_proj.weight"];
+        assert_eq!(tags, [&train[..], &rest[..]].concat());
     }
 
     #[test]
@@ -203,7 +234,8 @@ mod tests {
         let frames = frames(&std::fs::read(path).unwrap());
         assert_eq!(frames.len(), 3);
         assert!(frames[0].ends_with(b"brain.Event:2"));
-        assert_eq!(frames[1][9..], [0x10, 0xac, 0x02, 0x3a, 2, 8, 1]);
+        // Step 301.
+        assert_eq!(frames[1][9..], [0x10, 0xad, 0x02, 0x3a, 2, 8, 1]);
         let mut want = vec![0x09];
         want.extend_from_slice(&1f64.to_le_bytes());
         want.extend_from_slice(&[0x10, 0xad, 0x02, 0x2a, 19, 0x0a, 17, 0x0a, 10]);
