@@ -19,6 +19,7 @@
 //! fixed order: the same input gives the same bits on any number of threads.
 
 pub mod decoder;
+pub mod distill;
 pub mod error;
 pub mod estimators;
 pub mod fisher;

@@ -37,6 +37,9 @@ pub struct Update<'a> {
     pub decay: bool,
 }
 
+/// `m` and `v` of a parameter.
+pub type Moments = (Vec<f32>, Vec<f32>);
+
 /// AdamW (Loshchilov and Hutter, 2019).
 ///
 /// ```text
@@ -49,7 +52,7 @@ pub struct AdamW {
     pub options: AdamWOptions,
     steps: i32,
     /// `m` and `v` per parameter, made at the first step.
-    moments: Vec<(Vec<f32>, Vec<f32>)>,
+    moments: Vec<Moments>,
 }
 
 /// The constants of one step for one parameter, in f32.
@@ -71,12 +74,12 @@ impl AdamW {
     }
 
     /// Steps taken and `(m, v)` per parameter, to be stored; empty before the first step.
-    pub fn state(&self) -> (i32, &[(Vec<f32>, Vec<f32>)]) {
+    pub fn state(&self) -> (i32, &[Moments]) {
         (self.steps, &self.moments)
     }
 
     /// An optimizer that continues from what [`Self::state`] gave.
-    pub fn resume(options: AdamWOptions, steps: i32, moments: Vec<(Vec<f32>, Vec<f32>)>) -> Self {
+    pub fn resume(options: AdamWOptions, steps: i32, moments: Vec<Moments>) -> Self {
         Self { options, steps, moments }
     }
 

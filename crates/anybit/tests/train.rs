@@ -11,7 +11,7 @@ use anybit::grad::train::{Precision, QuantizedDecoder, QuantizerRecipe};
 use anybit::grad::{Tape, TrainDecoder};
 use anybit::io::Checkpoint;
 use anybit::runtime::Decoder;
-use common::{Lab, Run, contents, entries, logits, prose};
+use common::{Lab, Run, assert_same, contents, entries, logits, prose};
 use serde_json::Value;
 
 const USAGE: i32 = 2;
@@ -219,6 +219,11 @@ fn what_cannot_be_done_is_said_before_anything_is_written() {
     refuse("train.spets=4", USAGE, &["spets"]);
     refuse("train.batch=0", INPUT, &["train.batch"]);
     lab.run("train none.toml --out out").refused(INPUT, &["none.toml"]);
+    // A folder of something else.
+    fs::create_dir_all(lab.path("mine/data")).unwrap();
+    fs::write(lab.path("mine/data/a.txt"), "mine").unwrap();
+    lab.run("train recipe.toml --out mine --force").refused(INPUT, &["mine", "not empty"]);
+    assert!(lab.path("mine/data/a.txt").exists());
 }
 
 #[test]
@@ -264,4 +269,68 @@ fn a_full_disk_keeps_the_checkpoint_before() {
     assert!(entries(&lab.path("cut/checkpoints")).iter().all(|n| !n.ends_with("00000004")));
     lab.ok("train recipe.toml --out cut --resume");
     assert_eq!(lasting(&lab, "whole").0, lasting(&lab, "cut").0);
+}
+
+/// A recipe with the teacher of `path`.
+fn distilled(teachers: &str, more: &str) -> String {
+    let quest = QUEST.replace("bits = 4", "bits = 2");
+    format!("{}\n[distill]\nteachers = [{teachers}]\n{more}", recipe(&quest, "steps = 24"))
+        .replace("tokenizer = { vocab_size = 300 }", "tokenizer = \"teacher/model\"")
+}
+
+#[test]
+fn a_student_learns_from_its_teachers_and_goes_on_where_it_was_cut() {
+    let lab = lab(&recipe("", "steps = 60"));
+    lab.ok("train recipe.toml --out teacher");
+    let folder = lab.path("teacher/model");
+    for (name, more) in [
+        ("gor", ""),
+        ("fixed", "balancer = { type = \"fixed\", task = 0.0, teacher = 1.0 }"),
+        ("logits", "balancer = { type = \"logit_gradient\" }\nloss = { type = \"jsd\" }"),
+        ("dwa", "balancer = { type = \"dwa\" }\nloss = { type = \"reverse_kl\" }"),
+        ("kendall", "balancer = { type = \"uncertainty\" }\nloss = { type = \"cakld\" }"),
+    ] {
+        let text = distilled("\"teacher/model\"", more);
+        fs::write(lab.path("distill.toml"), text).unwrap();
+        lab.ok(&format!("distill distill.toml --out {name}/run"));
+        let log = fs::read_to_string(lab.path(&format!("{name}/run/log.jsonl"))).unwrap();
+        let records: Vec<Value> =
+            log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let steps: Vec<&Value> = records.iter().filter(|r| r["kind"] == "step").collect();
+        let teacher = |r: &Value| r["extra"]["teacher_loss"].as_f64().unwrap();
+        let (first, last) = (teacher(steps[0]), teacher(steps[steps.len() - 1]));
+        assert!(last < first, "{name}: {first} to {last}");
+    }
+    fs::write(lab.path("distill.toml"), distilled("\"teacher/model\"", "")).unwrap();
+    let cut = "distill distill.toml --out cut/run --set train.checkpoint_every=6";
+    let mut child = lab.command(cut).spawn().unwrap();
+    let start = Instant::now();
+    while !lab.path("cut/run/checkpoints/step-00000006/state.json").exists() {
+        assert!(start.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    lab.ok(&format!("{cut} --resume"));
+    assert_eq!(losses(&lab.path("gor/run")), losses(&lab.path("cut/run")));
+    assert_same(&lab.path("gor/run/model"), &lab.path("cut/run/model"));
+
+    // Two teachers; one that is no number; one with another vocabulary; none.
+    let both = distilled("\"teacher/model\", \"gor/run/model\"", "");
+    fs::write(lab.path("two.toml"), &both).unwrap();
+    // A packed student as a teacher rounds activations, which a teacher does not.
+    lab.run("distill two.toml --out two").refused(INPUT, &["gor/run/model", "activations"]);
+    fs::write(lab.path("two.toml"), both.replace("gor/run", "teacher")).unwrap();
+    lab.ok("distill two.toml --out two");
+    lab.run("train distill.toml --out out").refused(USAGE, &["anybit distill"]);
+    lab.run("distill recipe.toml --out out").refused(USAGE, &["teachers"]);
+    lab.synth("stranger", &anybit::io::synth::preset("tiny").unwrap(), 1);
+    fs::write(lab.path("other.toml"), distilled("\"stranger\"", "")).unwrap();
+    lab.run("distill other.toml --out other").refused(INPUT, &["vocabulary", "512"]);
+    let weights = folder.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let at = bytes.len() - 4;
+    bytes[at..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&weights, bytes).unwrap();
+    lab.run("distill distill.toml --out nan").refused(INPUT, &["teacher/model", "NaN"]);
 }

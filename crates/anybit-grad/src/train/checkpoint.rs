@@ -43,6 +43,9 @@ pub struct State {
     pub best: Option<Best>,
     /// The recipe.
     pub recipe: TrainRecipe,
+    /// What the balancer of a distillation has learned.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub balancer: Vec<(String, f64)>,
     /// blake3 of the files.
     pub files: BTreeMap<String, String>,
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::data::DataError;
 use super::distributed::CommunicationError;
+use crate::distill::DistillError;
 use crate::{EstimatorError, GradError};
 
 /// Errors of training.
@@ -18,6 +19,9 @@ pub enum TrainError {
     /// The training data cannot be used.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// Teachers or balancers that cannot be used.
+    #[error(transparent)]
+    Distill(#[from] DistillError),
     /// Ranks lost each other.
     #[error(transparent)]
     Communication(#[from] CommunicationError),

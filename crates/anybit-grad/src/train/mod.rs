@@ -30,6 +30,7 @@ pub mod trainer;
 pub use error::TrainError;
 pub use quantized::QuantizedDecoder;
 pub use recipe::{DataRecipe, ModelRecipe, Precision, QuantizerRecipe, TrainRecipe, TrainSettings};
+pub(crate) use run::refuse_rounded;
 pub use run::{Event, RunOptions, TrainReport, run};
 pub use trainer::{StepReport, Trainer};
 

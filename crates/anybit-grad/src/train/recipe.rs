@@ -27,6 +27,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
+use crate::distill::DistillRecipe;
 use crate::{AdamWOptions, EstimatorSpec, OneCycle};
 
 /// A training run.
@@ -47,6 +48,9 @@ pub struct TrainRecipe {
     pub quantizer: QuantizerRecipe,
     /// How.
     pub train: TrainSettings,
+    /// Teachers; none for training on the texts alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill: Option<DistillRecipe>,
 }
 
 /// The model: one of `preset`, `config` and `init`.
@@ -368,6 +372,7 @@ impl TrainRecipe {
             return fail("out", "not a name for a folder");
         }
         self.quantizer.check()?;
+        self.distill.as_ref().map_or(Ok(()), DistillRecipe::check)?;
         self.train.check()
     }
 }
@@ -392,6 +397,7 @@ mod tests {
             },
             quantizer: QuantizerRecipe::default(),
             train: TrainSettings::new(10, 4, 1e-3),
+            distill: None,
         }
     }
 

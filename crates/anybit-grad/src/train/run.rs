@@ -29,7 +29,8 @@ use super::log::{JsonLines, Kind, Record, TensorBoard};
 use super::model::{block_parameters, initialize, preset, preset_names};
 use super::trainer::{NotFinite, StepReport, Trainer, cross_entropy};
 use super::{QuantizedDecoder, QuantizerRecipe, Result, TrainError, TrainRecipe, export};
-use crate::TrainDecoder;
+use crate::distill::Distiller;
+use crate::{Tape, TrainDecoder};
 
 /// A loss this many times that of guessing evenly means that training ran away.
 const RAN_AWAY: f64 = 3.0;
@@ -121,8 +122,12 @@ pub fn run(
     let student = QuantizedDecoder::new(decoder, recipe.quantizer.clone(), precision)?;
     let steps = recipe.train.total_steps(recipe.data.context);
     let trainer = Trainer::new(student, &recipe.train, steps, recipe.data.context);
-    let mut session =
-        Session { recipe, out, corpus, trainer, steps, best: None, speeds: Vec::new() };
+    let vocab = trainer.student.decoder.config.vocab_size;
+    let context = recipe.data.context;
+    let distiller = recipe.distill.as_ref();
+    let distiller = distiller.map(|d| Distiller::new(d, vocab, context, steps)).transpose()?;
+    let (best, speeds) = (None, Vec::new());
+    let mut session = Session { recipe, out, corpus, trainer, distiller, steps, best, speeds };
     session.begin(options, comm)?;
     let report = session.train(comm, watch)?;
     drop(lock);
@@ -155,7 +160,15 @@ fn json(value: &impl Serialize) -> Result<String> {
 fn claim_folder(recipe: &TrainRecipe, options: RunOptions) -> Result<File> {
     let out = &recipe.out;
     let begun = out.join("recipe.json");
-    if begun.exists() && !options.resume && !options.force {
+    let empty = fs::read_dir(out)
+        .map_or(true, |entries| entries.flatten().all(|entry| entry.file_name() == "lock"));
+    if !empty && !begun.exists() {
+        // Beginning anew would remove what is not ours.
+        let what = "is no folder of a training run and not empty; choose another out";
+        return Err(IoError::unsupported(out, what).into());
+    }
+    let lossless = checkpoint::list(out)?.is_empty();
+    if begun.exists() && !lossless && !options.resume && !options.force {
         return Err(IoError::Exists { path: out.clone() }.into());
     }
     fs::create_dir_all(out).map_err(|e| IoError::file("create", out, e))?;
@@ -192,6 +205,7 @@ fn check_same(recipe: &TrainRecipe, path: &Path) -> Result<()> {
         ("data", before.data != recipe.data),
         ("quantizer", before.quantizer != recipe.quantizer),
         ("train", before.train != recipe.train),
+        ("distill", before.distill != recipe.distill),
     ];
     match differs.into_iter().find(|(_, differs)| *differs) {
         None => Ok(()),
@@ -231,23 +245,29 @@ fn texts(
     Ok((tokenizer, corpus))
 }
 
+/// Fails for a checkpoint whose activations are quantized: training does not know their grids.
+pub(crate) fn refuse_rounded(checkpoint: &Checkpoint, key: &'static str) -> Result<()> {
+    for layer in 0..checkpoint.config.num_layers {
+        let sites = checkpoint.block_sites(layer)?;
+        if let Some(site) = Site::ALL.into_iter().find(|s| sites.quantizer(*s).is_some()) {
+            let what = format!(
+                "the activations of {} are quantized (at {}), by grids that are not trained \
+                 through: give the model from before, or a transformed one from the cache",
+                checkpoint.path.display(),
+                site.name()
+            );
+            return Err(TrainError::recipe(key, what));
+        }
+    }
+    Ok(())
+}
+
 /// The model before the first step.
 fn decoder(recipe: &TrainRecipe, tokenizer: &Tokenizer, corpus: &Corpus) -> Result<TrainDecoder> {
     let (context, vocab) = (recipe.data.context, corpus.vocab_size());
     if let Some(path) = &recipe.model.init {
         let checkpoint = Checkpoint::open(path)?;
-        for layer in 0..checkpoint.config.num_layers {
-            let sites = checkpoint.block_sites(layer)?;
-            if let Some(site) = Site::ALL.into_iter().find(|s| sites.quantizer(*s).is_some()) {
-                let what = format!(
-                    "rounds what flows at {} by a grid that training does not know: begin with the \
-                     model before its activations were quantized (the transformed model in the \
-                     cache of that run)",
-                    site.name()
-                );
-                return Err(TrainError::recipe("model.init", what));
-            }
-        }
+        refuse_rounded(&checkpoint, "model.init")?;
         let known = checkpoint.config.vocab_size;
         if vocab > known {
             let what = format!("has {vocab} tokens, but the model of model.init only {known}");
@@ -283,6 +303,7 @@ struct Session<'a> {
     out: &'a Path,
     corpus: Corpus,
     trainer: Trainer,
+    distiller: Option<Distiller>,
     steps: u64,
     best: Option<Best>,
     /// Tokens per second of each step.
@@ -325,6 +346,9 @@ impl Session<'_> {
             let folder = checkpoint::folder(self.out, step);
             let (state, adam) = checkpoint::load(&folder, &mut self.trainer.student)?;
             (self.trainer.adam, self.trainer.step, self.best) = (adam, state.step, state.best);
+            if let Some(distiller) = &mut self.distiller {
+                distiller.balancer.load_state(&state.balancer)?;
+            }
         }
         let mut hash = blake3::Hasher::new();
         for (name, tensor, _) in self.trainer.student.parameters() {
@@ -354,11 +378,12 @@ impl Session<'_> {
         watch(Event::Start { step, steps: self.steps, tokens, parameters });
         let mut train_loss = f64::NAN;
         while self.trainer.step < self.steps {
-            let report = self.step(comm)?;
+            let (report, extra) = self.step(comm)?;
             train_loss = report.loss;
             let speed = self.speeds.last().copied();
             let at = (self.trainer.step, self.trainer.step * tokens as u64);
-            self.log(logs.as_mut(), &step_record(report, at, speed, started), watch)?;
+            let record = Record { extra, ..step_record(report, at, speed, started) };
+            self.log(logs.as_mut(), &record, watch)?;
             let (done, last) = (self.trainer.step, self.trainer.step == self.steps);
             let save = last || done.is_multiple_of(checkpoint_every);
             if save || done.is_multiple_of(validate_every) {
@@ -374,11 +399,27 @@ impl Session<'_> {
         self.report(train_loss, started, comm)
     }
 
-    /// One step that ends well, or the reason why not.
-    fn step(&mut self, comm: &mut dyn Communicator) -> Result<StepReport> {
+    /// One step that ends well, with the figures of its distillation, or the reason why not. The
+    /// loss of a distillation is that of the task.
+    fn step(&mut self, comm: &mut dyn Communicator) -> Result<(StepReport, BTreeMap<String, f64>)> {
         let started = Instant::now();
         let tokens = (self.recipe.train.batch * self.recipe.data.context) as f64;
-        let found = self.trainer.step(&mut self.corpus, comm, &mut cross_entropy)?;
+        let mut extra = BTreeMap::new();
+        let mut found = match &mut self.distiller {
+            None => self.trainer.step(&mut self.corpus, comm, &mut cross_entropy)?,
+            Some(distiller) => {
+                let mut objective =
+                    |tape: &mut Tape, out: &_, head, inputs: &[u32], targets: &[u32]| {
+                        distiller.objective(tape, out, head, inputs, targets)
+                    };
+                let found = self.trainer.step(&mut self.corpus, comm, &mut objective)?;
+                extra = distiller.finish_step(comm)?;
+                found
+            }
+        };
+        if let (Ok(report), Some(task)) = (&mut found, extra.get("task_loss")) {
+            report.loss = *task;
+        }
         let limit = RAN_AWAY * (self.corpus.vocab_size() as f64).ln();
         let found = found.and_then(|report| match report.loss > limit {
             false => Ok(report),
@@ -389,7 +430,7 @@ impl Session<'_> {
         });
         self.speeds.push(tokens / started.elapsed().as_secs_f64());
         let step = self.trainer.step;
-        found.or_else(|NotFinite { what, place }| {
+        found.map(|report| (report, extra)).or_else(|NotFinite { what, place }| {
             let newest = checkpoint::list(self.out)?.pop();
             let folder = |step| checkpoint::folder(self.out, step).display().to_string();
             let checkpoint = newest.map_or("none yet".into(), folder);
@@ -434,6 +475,7 @@ impl Session<'_> {
             step: self.trainer.step,
             best: self.best,
             recipe: self.recipe.clone(),
+            balancer: self.distiller.as_ref().map_or(Vec::new(), |d| d.balancer.state()),
             files: BTreeMap::new(),
         };
         let Trainer { student, adam, .. } = &mut self.trainer;

@@ -5,6 +5,7 @@ mod bench_train;
 mod completions;
 mod convert;
 mod demo;
+mod distill;
 mod doctor;
 mod eval;
 mod generate;
@@ -53,6 +54,7 @@ enum Command {
     Inspect(inspect::Args),
     Verify(verify::Args),
     Train(train::Args),
+    Distill(distill::Args),
     BenchTrain(bench_train::Args),
     Scaling(scaling::Args),
     Doctor(doctor::Args),
@@ -79,6 +81,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(args, &terminal),
         Command::Verify(args) => verify::run(args, &terminal),
         Command::Train(args) => train::run(args, &terminal),
+        Command::Distill(args) => distill::run(args, &terminal),
         Command::BenchTrain(args) => bench_train::run(args, &terminal),
         Command::Scaling(args) => scaling::run(args, &terminal),
         Command::Doctor(args) => doctor::run(args, &terminal),

@@ -17,6 +17,7 @@ use super::output::{Terminal, print_table, write_json};
 /// for TensorBoard), the loss plot, report.json, and the trained model. Started by mpirun (in a
 /// build with --features mpi), all ranks train one model together.
 #[derive(clap::Args)]
+#[group(id = "recipe_of_training")]
 #[command(after_help = "\
 Examples:
   anybit train quest.toml
@@ -50,7 +51,19 @@ pub struct Args {
 }
 
 pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
+    run_recipe(args, terminal, false)
+}
+
+/// Runs a recipe, which has teachers or has none.
+pub fn run_recipe(args: Args, terminal: &Terminal, teachers: bool) -> Result<()> {
     let mut recipe = read_recipe(&args.recipe, &args.set)?;
+    if recipe.distill.is_some() != teachers {
+        let what = match teachers {
+            true => "has no section distill: name the teachers there, or use anybit train",
+            false => "has a section distill: use anybit distill",
+        };
+        return Err(anybit::Error::Usage(format!("{} {what}", args.recipe.display())));
+    }
     if let Some(out) = args.out {
         recipe.out = out;
     }

@@ -29,7 +29,8 @@ type Source = Box<dyn Iterator<Item = Result<(String, bool, u64)>> + Send>;
 
 /// The documents of several files, one after another. Documents of white space alone are left out.
 pub struct Documents {
-    files: std::vec::IntoIter<PathBuf>,
+    /// Those not begun, the next one last.
+    files: Vec<PathBuf>,
     text_key: String,
     source: Option<Source>,
     /// Bytes of the files that are done.
@@ -47,7 +48,7 @@ impl Documents {
         for path in files {
             total_bytes(std::slice::from_ref(path))?;
         }
-        let files = files.to_vec().into_iter();
+        let files = files.iter().rev().cloned().collect();
         let text_key = text_key.to_string();
         Ok(Self { files, text_key, source: None, done: 0, current: 0, skipped: 0 })
     }
@@ -76,7 +77,7 @@ impl Documents {
     fn advance(&mut self) -> Result<Option<Piece>> {
         loop {
             let Some(source) = &mut self.source else {
-                let Some(path) = self.files.next() else { return Ok(None) };
+                let Some(path) = self.files.pop() else { return Ok(None) };
                 self.source = Some(self.open_file(&path)?);
                 continue;
             };

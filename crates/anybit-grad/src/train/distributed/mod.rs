@@ -77,6 +77,11 @@ pub trait Communicator {
 /// [`CommunicationError::RankLost`].
 pub fn sum_f64(comm: &mut dyn Communicator, values: &mut [f64]) -> Result<()> {
     let all = comm.gather(bytemuck::cast_slice(values))?;
+    assert_eq!(
+        all.len(),
+        comm.size() * size_of_val(values),
+        "ranks sum different numbers of values"
+    );
     let mut sums = vec![0f64; values.len()];
     for (i, bytes) in all.chunks_exact(8).enumerate() {
         sums[i % values.len()] += bytemuck::pod_read_unaligned::<f64>(bytes);
@@ -102,6 +107,7 @@ pub fn sum_gradients(comm: &mut dyn Communicator, grads: &mut [Vec<f32>]) -> Res
         walk(grads, &mut read, BUCKET.min(total - done), |part| bucket.extend_from_slice(part));
         let all = comm.gather(bytemuck::cast_slice(&bucket))?;
         let own = bucket.len();
+        assert_eq!(all.len(), comm.size() * own * 4, "ranks have gradients of different sizes");
         let mut sums = vec![0f64; own];
         for (i, bytes) in all.chunks_exact(4).enumerate() {
             sums[i % own] += f64::from(bytemuck::pod_read_unaligned::<f32>(bytes));

@@ -140,6 +140,20 @@ mod tests {
     }
 
     #[test]
+    fn two_runs_are_the_same_bits() {
+        let run = || {
+            together(|rank| {
+                let value = |i: usize| ((i * (rank.rank + 2)) as f32 * 0.61).cos() * 1e-3;
+                let mut grads: Vec<Vec<f32>> =
+                    vec![(0..1000).map(value).collect(), Vec::new(), vec![-0.0, 1e30]];
+                sum_gradients(rank, &mut grads).unwrap();
+                grads.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            })
+        };
+        assert_eq!(run(), run());
+    }
+
+    #[test]
     fn the_odd_rank_is_named() {
         let found = together(|rank| {
             let hash = if rank.rank() == 1 { [7; 32] } else { [0; 32] };

@@ -1,0 +1,27 @@
+//! `anybit distill`.
+
+use anybit::Result;
+
+use super::output::Terminal;
+use super::train;
+
+/// Train a quantized model against teachers: `train` with a section `distill` in the recipe.
+///
+/// The section names teachers (checkpoints with the student's tokenizer), the loss between them and
+/// the student, and the balancer that weighs it against the loss of the text; GoR, which learns both
+/// weights, is the default. The student is what the section model says: random, a checkpoint, or a
+/// quantized one.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  anybit distill gor.toml
+  anybit distill gor.toml --set distill.balancer.type=fixed --out runs/fixed
+  anybit distill gor.toml --set 'distill.loss={ type = \"reverse_kl\" }'")]
+pub struct Args {
+    #[command(flatten)]
+    train: train::Args,
+}
+
+pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
+    train::run_recipe(args.train, terminal, true)
+}
