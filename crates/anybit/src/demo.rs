@@ -44,7 +44,7 @@ pub struct Options {
 impl Options {
     /// The defaults for an output folder.
     pub fn new(out: impl Into<PathBuf>) -> Self {
-        let (calibration_tokens, tokens) = (4096, 4096);
+        let (calibration_tokens, tokens) = (3072, 2048);
         Self { out: out.into(), force: false, bits: vec![2, 3, 4], calibration_tokens, tokens }
     }
 }
@@ -119,7 +119,7 @@ fn recipes(bits: u8, tokens: usize) -> Vec<(String, Recipe)> {
             "flatquant" => {
                 set("effort", "fast".into());
                 set("seqlen", (CTX as i64).into());
-                set("samples", 32.into());
+                set("samples", 16.into());
             }
             "spinquant" => set("steps", 30.into()),
             _ => {}
