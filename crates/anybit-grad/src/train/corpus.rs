@@ -22,8 +22,10 @@ pub struct Corpus {
     train: TokenFile,
     order: Order,
     validation: Option<TokenFile>,
-    /// Windows of the validation file, or of the training file's end.
-    held_out: Range<usize>,
+    /// Windows to train on, where some of the same file are held out.
+    own: Vec<u32>,
+    /// Windows to validate on, of the validation file or of the training file.
+    held_out: Vec<u32>,
     context: usize,
     vocab: usize,
 }
@@ -114,18 +116,14 @@ impl Corpus {
             0 => Err(DataError::too_short(tokens.len(), recipe.context)),
             n => Ok(n),
         };
-        let all = windows(&train)?;
+        let all = windows(&train)? as u32;
         let (own, held_out) = match &validation {
-            Some(tokens) => (all, 0..windows(tokens)?),
-            None => {
-                let share = (all as f64 * recipe.validation_share).ceil() as usize;
-                let own = all - share.min(all - 1);
-                (own, own..all)
-            }
+            Some(tokens) => ((0..all).collect(), (0..windows(tokens)? as u32).collect()),
+            None => split(all, recipe.validation_share),
         };
-        let (order, context) = (Order::new(own, seed), recipe.context);
+        let (order, context) = (Order::new(own.len(), seed), recipe.context);
         let vocab = tokenizer.vocab_size();
-        Ok(Self { train, order, validation, held_out, context, vocab })
+        Ok(Self { train, order, validation, own, held_out, context, vocab })
     }
 
     /// Sequences to train on.
@@ -169,7 +167,8 @@ impl Corpus {
     /// # Errors
     /// When the token file became unreadable.
     pub fn batch(&mut self, positions: Range<u64>) -> Result<(Vec<u32>, Vec<u32>)> {
-        let windows: Vec<usize> = positions.map(|position| self.order.at(position)).collect();
+        let windows: Vec<usize> =
+            positions.map(|position| self.own[self.order.at(position)] as usize).collect();
         Ok(pairs(&self.train, &windows, self.context))
     }
 
@@ -178,9 +177,21 @@ impl Corpus {
     /// # Errors
     /// When the token file became unreadable.
     pub fn validation(&self, windows: &[usize]) -> Result<(Vec<u32>, Vec<u32>)> {
-        let windows: Vec<usize> = windows.iter().map(|w| self.held_out.start + w).collect();
+        let windows: Vec<usize> = windows.iter().map(|w| self.held_out[*w] as usize).collect();
         Ok(pairs(self.validation.as_ref().unwrap_or(&self.train), &windows, self.context))
     }
+}
+
+/// Divides `all` windows into those to train on and `share` of them to validate on, which lie evenly
+/// among the others: the end of the texts alone may be unlike the rest.
+fn split(all: u32, share: f64) -> (Vec<u32>, Vec<u32>) {
+    let held = ((f64::from(all) * share).ceil() as u32).min(all - 1);
+    // Window i is held out where i · held/all passes a whole number.
+    let passes = |i: u32| {
+        let at = |i: u32| u64::from(i) * u64::from(held) / u64::from(all);
+        at(i + 1) > at(i)
+    };
+    (0..all).partition(|i| !passes(*i))
 }
 
 fn pairs(tokens: &TokenFile, windows: &[usize], context: usize) -> (Vec<u32>, Vec<u32>) {
@@ -193,4 +204,18 @@ fn pairs(tokens: &TokenFile, windows: &[usize], context: usize) -> (Vec<u32>, Ve
         targets.extend_from_slice(&window[1..]);
     }
     (inputs, targets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::split;
+
+    #[test]
+    fn held_out_windows_lie_evenly() {
+        let (own, held) = split(100, 0.04);
+        assert_eq!(held, [24, 49, 74, 99]);
+        assert_eq!(own.len(), 96);
+        assert_eq!(split(7, 0.0), ((0..7).collect(), Vec::new()));
+        assert_eq!(split(1, 0.5), (vec![0], Vec::new()));
+    }
 }

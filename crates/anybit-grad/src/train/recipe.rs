@@ -77,10 +77,10 @@ pub struct ModelRecipe {
 pub struct DataRecipe {
     /// Files to train on: plain text, JSON lines, or parquet.
     pub train: Vec<PathBuf>,
-    /// Files to validate on; without any, the end of the training tokens is held out.
+    /// Files to validate on; without any, some of the training sequences are held out, evenly.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub validation: Vec<PathBuf>,
-    /// Share of the training tokens that is held out when there are no validation files.
+    /// Share of the training sequences that is held out when there are no validation files.
     #[serde(default = "hold_out")]
     pub validation_share: f64,
     /// Field of JSON lines, column of parquet.
