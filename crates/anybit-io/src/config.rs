@@ -186,6 +186,41 @@ struct RawConfig {
 }
 
 impl ModelConfig {
+    /// A Llama of `layers` layers of width `hidden` for sequences of `context` tokens, without
+    /// grouped keys, tied embeddings or biases.
+    pub fn llama(
+        layers: usize,
+        hidden: usize,
+        heads: usize,
+        ffn: usize,
+        vocab: usize,
+        context: usize,
+    ) -> Self {
+        Self {
+            architecture: Architecture::LlamaForCausalLM,
+            hidden_size: hidden,
+            intermediate_size: ffn,
+            num_layers: layers,
+            num_heads: heads,
+            num_kv_heads: heads,
+            head_dim: hidden / heads.max(1),
+            vocab_size: vocab,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: None,
+            max_positions: context,
+            tie_embeddings: false,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            sliding_window: None,
+            window_from: 0,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+        }
+    }
+
     /// Parses `config.json`.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::atomic::{PartialFolder, check_absent, check_space, write_bytes};
 use crate::convert::encode;
 use crate::safetensors_file::{FileDtype, PlannedTensor, index_json, layout_in_shards};
-use crate::{Architecture, Dtype, IoError, ModelConfig, Result};
+use crate::{Dtype, IoError, ModelConfig, Result};
 
 /// Bytes of a shard: small enough that a 3B model has several.
 const SHARD_BYTES: u64 = 1_000_000_000;
@@ -25,29 +25,8 @@ pub fn preset(name: &str) -> Option<ModelConfig> {
         "3b" => (3072, 8192, 28, 24, 8, 128256, true),
         _ => return None,
     };
-    Some(ModelConfig {
-        architecture: Architecture::LlamaForCausalLM,
-        hidden_size: hidden,
-        intermediate_size: ffn,
-        num_layers: layers,
-        num_heads: heads,
-        num_kv_heads: kv_heads,
-        head_dim: hidden / heads,
-        vocab_size: vocab,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: None,
-        max_positions: 2048,
-        tie_embeddings: tied,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        sliding_window: None,
-        window_from: 0,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
-    })
+    let llama = ModelConfig::llama(layers, hidden, heads, ffn, vocab, 2048);
+    Some(ModelConfig { num_kv_heads: kv_heads, tie_embeddings: tied, ..llama })
 }
 
 /// Names that [`preset`] knows.

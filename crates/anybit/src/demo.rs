@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anybit_eval::report::training::table_plot;
-use anybit_eval::{BUILTIN_TEXT, Convention};
+use anybit_eval::{BUILTIN_TEXT, Convention, ModelScores};
 use anybit_io::Checkpoint;
 use anybit_io::atomic::{PartialFolder, write_bytes};
 use anybit_ptq::recipe::CalibrationRecipe;
@@ -100,12 +100,8 @@ fn recipes(bits: u8, tokens: usize) -> Vec<(String, Recipe)> {
         CalibrationRecipe { tokens, seqlen: CTX, gradient_tokens: tokens, ..Default::default() };
     let base = Recipe { bits: f64::from(bits), calibration, ..Recipe::default() };
     let weights = methods::names().into_iter().map(|name| {
-        let mut recipe = Recipe { method: name.into(), ..base.clone() };
-        recipe.group_size = Some(64);
-        if methods::allocating().contains(&name) {
-            recipe.group_size = None;
-        }
-        (name.to_string(), recipe)
+        let group_size = (!methods::allocating().contains(&name)).then_some(64);
+        (name.to_string(), Recipe { method: name.into(), group_size, ..base.clone() })
     });
     let behind = transforms::names().into_iter().filter(|name| *name != transforms::NONE);
     let transformed = behind.map(|name| {
@@ -146,7 +142,7 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(usize, usize)) -> Result<
             all.into_iter().map(|(name, recipe)| (*bits, name, recipe))
         })
         .collect();
-    let (mut rows, mut folders) = (Vec::new(), vec![reference.clone()]);
+    let (mut seconds, mut folders) = (Vec::new(), vec![reference]);
     for (done, (bits, name, recipe)) in jobs.iter().enumerate() {
         progress(done, jobs.len() + 1);
         let out = options.out.join(format!("{}-{bits}", name.replace(' ', "-")));
@@ -154,26 +150,30 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(usize, usize)) -> Result<
         (run.force, run.report_tokens) = (options.force, 0);
         let start = Instant::now();
         quantize::run(&checkpoint, recipe, &run, &mut |_| {})?;
-        rows.push(Row {
-            method: name.clone(),
-            bits: *bits,
-            activations: recipe.a_bits.is_some(),
-            total_bits: None,
-            bytes: 0,
-            kl: None,
-            perplexity: f64::NAN,
-            seconds: start.elapsed().as_secs_f64(),
-        });
+        seconds.push(start.elapsed().as_secs_f64());
         folders.push(out);
     }
     progress(jobs.len(), jobs.len() + 1);
-    let report = score(options, folders, rows)?;
+    let scores = score(options, folders)?;
+    let found = jobs.into_iter().zip(seconds).zip(&scores[1..]);
+    let rows = found.map(|(((bits, method, recipe), seconds), score)| Row {
+        method,
+        bits,
+        activations: recipe.a_bits.is_some(),
+        total_bits: score.bits_per_weight_total,
+        bytes: score.file_bytes,
+        kl: score.kl_mean,
+        perplexity: score.perplexity,
+        seconds,
+    });
+    let (perplexity, bytes) = (scores[0].perplexity, scores[0].file_bytes);
+    let report = DemoReport { perplexity, bytes, rows: rows.collect() };
     write_bytes(&options.out.join("demo.svg"), plot(&options.bits, &report)?.as_bytes())?;
     Ok(report)
 }
 
-/// Compares all with the original at once.
-fn score(options: &Options, folders: Vec<PathBuf>, mut rows: Vec<Row>) -> Result<DemoReport> {
+/// Compares all with the first, the original.
+fn score(options: &Options, folders: Vec<PathBuf>) -> Result<Vec<ModelScores>> {
     let compare = measure::Options {
         reference: folders.first().cloned(),
         models: folders,
@@ -181,14 +181,7 @@ fn score(options: &Options, folders: Vec<PathBuf>, mut rows: Vec<Row>) -> Result
         convention: Convention::Hf,
         limit_tokens: Some(options.tokens),
     };
-    let scores = measure::run(&compare, BUILTIN_TEXT, &mut |_, _| {})?;
-    for (row, score) in rows.iter_mut().zip(&scores[1..]) {
-        row.total_bits = score.bits_per_weight_total;
-        row.bytes = score.file_bytes;
-        row.kl = score.kl_mean;
-        row.perplexity = score.perplexity;
-    }
-    Ok(DemoReport { perplexity: scores[0].perplexity, bytes: scores[0].file_bytes, rows })
+    measure::run(&compare, BUILTIN_TEXT, &mut |_, _| {})
 }
 
 /// KL divergence over bits, a line per method.

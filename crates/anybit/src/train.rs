@@ -1,20 +1,21 @@
 //! `anybit train`: a recipe file to a trained model, with its loss plot; and how fast training is.
 
-use std::path::{Path, PathBuf};
+use std::ops::Range;
+use std::path::Path;
 use std::time::Instant;
 
+use anybit_core::rng::SplitMix64;
 use anybit_eval::report::training::{Curve, loss_plot};
 use anybit_grad::train::distributed::{Alone, Communicator, launched};
 use anybit_grad::train::log::{JsonLines, Kind};
-use anybit_grad::train::model::{initialize, llama};
-use anybit_grad::train::quantized::LeafGradients;
+use anybit_grad::train::model::initialize;
+use anybit_grad::train::trainer::{NotFinite, Sequences, cross_entropy};
 use anybit_grad::train::{
     Event, Precision, QuantizedDecoder, QuantizerRecipe, RunOptions, TrainRecipe, TrainReport,
-    TrainSettings,
+    TrainSettings, Trainer,
 };
-use anybit_grad::{AdamW, Tape, Update, clip_factor, global_norm};
-use anybit_io::IoError;
 use anybit_io::atomic::write_bytes;
+use anybit_io::{IoError, ModelConfig};
 use serde::Serialize;
 
 use crate::{Error, Result};
@@ -34,17 +35,11 @@ pub fn read_recipe(path: &Path, sets: &[String]) -> Result<TrainRecipe> {
         let (key, value) = set
             .split_once('=')
             .ok_or_else(|| Error::Usage(format!("--set {set}: KEY=VALUE is needed")))?;
-        set_key(&mut table, key, parse_value(value))
+        let value = value.parse().unwrap_or_else(|_| toml::Value::String(value.into()));
+        set_key(&mut table, key, value)
             .map_err(|what| Error::Usage(format!("--set {set}: {what}")))?;
     }
     table.try_into().map_err(fail)
-}
-
-/// A TOML value, or text as it is.
-fn parse_value(text: &str) -> toml::Value {
-    let parsed = toml::from_str::<toml::Table>(&format!("value = {text}"));
-    let value = parsed.ok().and_then(|mut table| table.remove("value"));
-    value.unwrap_or_else(|| toml::Value::String(text.into()))
 }
 
 fn set_key(
@@ -169,52 +164,47 @@ pub struct SpeedReport {
     pub threads: usize,
 }
 
+/// Sequences without meaning.
+struct RandomTokens {
+    rng: SplitMix64,
+    vocab: usize,
+    context: usize,
+}
+
+impl Sequences for RandomTokens {
+    fn batch(&mut self, positions: Range<u64>) -> (Vec<u32>, Vec<u32>) {
+        let tokens = positions.count() * self.context;
+        let mut draw = || (0..tokens).map(|_| self.rng.below(self.vocab) as u32).collect();
+        (draw(), draw())
+    }
+}
+
 /// Times whole optimizer steps.
 ///
 /// # Errors
 /// Estimators that do not fit.
 pub fn speed(test: &SpeedTest) -> Result<SpeedReport> {
+    const UNTIMED: usize = 3;
     let SpeedTest { layers, hidden, heads, ffn, vocab, context, batch, .. } = *test;
-    let config = llama(layers, hidden, heads, ffn, vocab, context);
-    config.validate(&PathBuf::from("the shape"))?;
+    let config = ModelConfig::llama(layers, hidden, heads, ffn, vocab, context);
+    config.validate(Path::new("the shape"))?;
     let decoder = initialize(&config, 0, context);
     let mut student = QuantizedDecoder::new(decoder, test.quantizer.clone(), Precision::F32)?;
-    let settings = TrainSettings::new(test.steps as u64, batch, 1e-3);
-    let mut adam = AdamW::new(settings.adamw());
-    let mut rng = anybit_core::rng::SplitMix64::new(0);
-    let mut tokens = || (0..batch * context).map(|_| rng.below(vocab) as u32).collect::<Vec<u32>>();
-    student.initialize_activations(&tokens()[..context], context)?;
-    let (mut weights_tape, mut tape) = (Tape::default(), Tape::default());
+    let mut sequences = RandomTokens { rng: SplitMix64::new(0), vocab, context };
+    student.initialize_activations(&sequences.batch(0..1).0, context)?;
+    let steps = (test.steps + UNTIMED) as u64;
+    let constant = TrainSettings::new(steps, batch, 1e-3);
+    let settings = TrainSettings { warmup: 0.0, lr_first: 1.0, lr_last: 1.0, ..constant };
+    let mut trainer = Trainer::new(student, &settings, steps, context);
     let (mut speeds, mut losses) = (Vec::new(), Vec::new());
-    for step in 0..test.steps + 3 {
-        let (inputs, targets) = (tokens(), tokens());
+    for step in 0..test.steps + UNTIMED {
         let start = Instant::now();
-        let weights = student.weights(&mut weights_tape, true);
-        let leaves = student.leaves(&weights, &weights_tape, &mut tape, true);
-        let output = student.forward(&mut tape, &leaves, &inputs, context)?;
-        let loss = tape.linear_cross_entropy(output.hidden, leaves.vars.head, &targets);
-        losses.push(tape.data(loss)[0] as f64);
-        tape.backward(loss);
-        let mut sum = LeafGradients::default();
-        student.collect(&mut tape, &leaves, &mut sum);
-        tape.reset();
-        let grads = student.finish(&weights, &mut weights_tape, sum);
-        weights_tape.reset();
-        let factor = clip_factor(global_norm(grads.iter().map(|g| &g[..])), settings.clip);
-        let mut parameters = student.parameters();
-        let mut updates: Vec<Update<'_>> = parameters
-            .iter_mut()
-            .zip(&grads)
-            .map(|((_, t, decay), grad)| Update {
-                value: t.data_mut(),
-                grad,
-                lr: settings.lr,
-                decay: *decay,
-            })
-            .collect();
-        adam.step(&mut updates, factor);
-        grads.into_iter().for_each(|g| weights_tape.recycle(g));
-        if step >= 3 {
+        let report = trainer.step(&mut sequences, &mut Alone, &mut cross_entropy)?;
+        let report = report.map_err(|NotFinite { what, place }| {
+            Error::Usage(format!("step {step}: {what} ({place})"))
+        })?;
+        losses.push(report.loss);
+        if step >= UNTIMED {
             speeds.push((batch * context) as f64 / start.elapsed().as_secs_f64());
         }
     }
@@ -223,7 +213,7 @@ pub fn speed(test: &SpeedTest) -> Result<SpeedReport> {
         tokens_per_s: speeds[speeds.len() / 2],
         first_loss: losses[0],
         last_loss: losses[losses.len() - 1],
-        parameters: student.parameters().iter().map(|p| p.1.len()).sum(),
+        parameters: trainer.student.parameters().iter().map(|p| p.1.len()).sum(),
         threads: rayon::current_num_threads(),
     })
 }

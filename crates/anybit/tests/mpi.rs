@@ -5,38 +5,13 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
-use common::{Lab, prose};
-use serde_json::Value;
-
-const RECIPE: &str = r#"
-out = "run"
-seed = 1
-[model]
-preset = "tiny"
-[data]
-train = ["text.txt"]
-context = 32
-validation_share = 0.1
-tokenizer = { vocab_size = 300 }
-[quantizer]
-weights = { type = "quest", bits = 4, hadamard = 32 }
-activations = { type = "quest", bits = 4, hadamard = 32 }
-[train]
-steps = 24
-batch = 8
-lr = 3e-3
-checkpoint_every = 6
-"#;
+use common::Lab;
+use common::training::{self, QUEST, log, losses, recipe, step_and_loss, wait_for};
 
 fn lab() -> Lab {
-    let lab = Lab::empty();
-    fs::write(lab.path("text.txt"), prose(6000, 1)).unwrap();
-    fs::write(lab.path("recipe.toml"), RECIPE).unwrap();
-    lab
+    training::lab(&recipe(QUEST, "steps = 24\ncheckpoint_every = 6"))
 }
 
 fn mpirun(lab: &Lab, ranks: usize, line: &str) -> Command {
@@ -47,10 +22,9 @@ fn mpirun(lab: &Lab, ranks: usize, line: &str) -> Command {
     command
 }
 
-fn losses(folder: &Path) -> Vec<(u64, f64)> {
-    let text = fs::read_to_string(folder.join("log.jsonl")).unwrap();
-    let records = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    records.map(|r| (r["step"].as_u64().unwrap(), r["loss"].as_f64().unwrap())).collect()
+/// Losses of steps and validations.
+fn all_losses(lab: &Lab, run: &str) -> Vec<(u64, f64)> {
+    step_and_loss(log(&lab.path(run)).iter())
 }
 
 /// Processes below `parent`, from /proc.
@@ -70,33 +44,18 @@ fn descendants(parent: u32) -> Vec<u32> {
     found
 }
 
-fn wait_for(child: &mut Child, path: &Path) {
-    let start = Instant::now();
-    while !path.exists() {
-        assert!(start.elapsed() < Duration::from_secs(120), "{} never came", path.display());
-        assert!(child.try_wait().unwrap().is_none(), "the job ended early");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
 #[test]
 fn two_ranks_are_one() {
     let lab = lab();
     // One process that takes the ranks' parts one after another computes the same bits.
     lab.ok("--quiet train recipe.toml --out parts --set train.micro_batch=4");
     assert!(mpirun(&lab, 2, "train recipe.toml --out two").status().unwrap().success());
-    let two = losses(&lab.path("two"));
-    let steps = |all: Vec<(u64, f64)>| -> Vec<(u64, f64)> {
-        // Validation losses are sums of other parts.
-        let mut all = all;
-        all.dedup_by_key(|r| r.0);
-        all
-    };
-    assert_eq!(steps(losses(&lab.path("parts"))), steps(two.clone()));
+    // Validation losses are sums of other parts.
+    assert_eq!(losses(&lab.path("parts")), losses(&lab.path("two")));
     // One that takes them at once rounds sums of gradients otherwise, which quantizers amplify from
     // step to step; the first steps agree.
     lab.ok("--quiet train recipe.toml --out whole");
-    for (a, b) in losses(&lab.path("whole")).iter().zip(&two).take(3) {
+    for (a, b) in all_losses(&lab, "whole").iter().zip(&all_losses(&lab, "two")).take(3) {
         assert!((a.1 - b.1).abs() < 1e-5 * a.1, "step {}: {} and {}", a.0, a.1, b.1);
     }
 }
@@ -111,7 +70,7 @@ fn a_dead_rank_ends_the_job_which_goes_on_from_its_checkpoint() {
     assert!(Command::new("kill").args(["-9", &last.to_string()]).status().unwrap().success());
     assert!(!job.wait().unwrap().success(), "nobody noticed");
     assert!(mpirun(&lab, 2, "train recipe.toml --out cut --resume").status().unwrap().success());
-    assert_eq!(losses(&lab.path("whole")), losses(&lab.path("cut")));
+    assert_eq!(all_losses(&lab, "whole"), all_losses(&lab, "cut"));
 }
 
 #[test]

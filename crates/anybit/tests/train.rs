@@ -5,12 +5,12 @@ mod common;
 
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use anybit::grad::train::{Precision, QuantizedDecoder, QuantizerRecipe};
 use anybit::grad::{Tape, TrainDecoder};
 use anybit::io::Checkpoint;
 use anybit::runtime::Decoder;
+use common::training::{QUEST, lab, log, losses, recipe, wait_for};
 use common::{Lab, Run, assert_same, contents, entries, logits, prose};
 use serde_json::Value;
 
@@ -18,52 +18,10 @@ const USAGE: i32 = 2;
 const INPUT: i32 = 3;
 const OUTPUT: i32 = 4;
 
-/// A model of two layers on a text of few words; `quantizer` is that section's body.
-fn recipe(quantizer: &str, train: &str) -> String {
-    format!(
-        r#"
-out = "run"
-seed = 1
-[model]
-preset = "tiny"
-[data]
-train = ["text.txt"]
-context = 32
-validation_share = 0.1
-tokenizer = {{ vocab_size = 300 }}
-[quantizer]
-{quantizer}
-[train]
-batch = 8
-lr = 3e-3
-{train}
-"#
-    )
-}
-
-const QUEST: &str = r#"
-weights = { type = "quest", bits = 4, hadamard = 32 }
-activations = { type = "quest", bits = 4, hadamard = 32 }
-"#;
-
 const LEARNED: &str = r#"
 weights = { type = "lsq", bits = 4 }
 activations = { type = "lsq_plus_activation", bits = 4 }
 "#;
-
-fn lab(recipe: &str) -> Lab {
-    let lab = Lab::empty();
-    fs::write(lab.path("text.txt"), prose(6000, 1)).unwrap();
-    fs::write(lab.path("recipe.toml"), recipe).unwrap();
-    lab
-}
-
-fn losses(folder: &Path) -> Vec<(u64, f64)> {
-    let text = fs::read_to_string(folder.join("log.jsonl")).unwrap();
-    let records = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let steps = records.filter(|r| r["kind"] == "step");
-    steps.map(|r| (r["step"].as_u64().unwrap(), r["loss"].as_f64().unwrap())).collect()
-}
 
 /// All that a run leaves but what holds times.
 fn lasting(lab: &Lab, run: &str) -> (Vec<(u64, f64)>, Vec<Vec<u8>>) {
@@ -163,13 +121,7 @@ fn cut_anywhere_it_ends_in_the_same_bytes() {
         lab.ok("train recipe.toml --out whole/run --threads 1");
         let mut child =
             lab.command("--quiet train recipe.toml --out cut/run --threads 2").spawn().unwrap();
-        let checkpoint = lab.path("cut/run/checkpoints/step-00000006/state.json");
-        let start = Instant::now();
-        while !checkpoint.exists() {
-            assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint");
-            assert!(child.try_wait().unwrap().is_none() || checkpoint.exists(), "it ended early");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        wait_for(&mut child, &lab.path("cut/run/checkpoints/step-00000006/state.json"));
         child.kill().unwrap();
         child.wait().unwrap();
         lab.ok("train recipe.toml --out cut/run --threads 2 --resume");
@@ -293,9 +245,7 @@ fn a_student_learns_from_its_teachers_and_goes_on_where_it_was_cut() {
         let text = distilled("\"teacher/model\"", more);
         fs::write(lab.path("distill.toml"), text).unwrap();
         lab.ok(&format!("distill distill.toml --out {name}/run"));
-        let log = fs::read_to_string(lab.path(&format!("{name}/run/log.jsonl"))).unwrap();
-        let records: Vec<Value> =
-            log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let records = log(&lab.path(&format!("{name}/run")));
         let steps: Vec<&Value> = records.iter().filter(|r| r["kind"] == "step").collect();
         let teacher = |r: &Value| r["extra"]["teacher_loss"].as_f64().unwrap();
         let (first, last) = (teacher(steps[0]), teacher(steps[steps.len() - 1]));
@@ -304,11 +254,7 @@ fn a_student_learns_from_its_teachers_and_goes_on_where_it_was_cut() {
     fs::write(lab.path("distill.toml"), distilled("\"teacher/model\"", "")).unwrap();
     let cut = "distill distill.toml --out cut/run --set train.checkpoint_every=6";
     let mut child = lab.command(cut).spawn().unwrap();
-    let start = Instant::now();
-    while !lab.path("cut/run/checkpoints/step-00000006/state.json").exists() {
-        assert!(start.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none());
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for(&mut child, &lab.path("cut/run/checkpoints/step-00000006/state.json"));
     child.kill().unwrap();
     child.wait().unwrap();
     lab.ok(&format!("{cut} --resume"));

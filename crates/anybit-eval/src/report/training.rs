@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use plotters::prelude::{
-    BindKeyPoints, ChartBuilder, Color, IntoDrawingArea, LineSeries, PathElement, SVGBackend,
-    SeriesLabelPosition,
+    BindKeyPoints, Cartesian2d, ChartBuilder, ChartContext, Color, IntoDrawingArea, LineSeries,
+    PathElement, Ranged, SVGBackend, SeriesLabelPosition, ShapeStyle,
 };
 
 use super::plots::{GREY, PALETTE, Scale, font};
@@ -96,15 +96,27 @@ fn draw_losses(out: &mut String, curves: &[Curve]) -> Drawn {
         chart
             .draw_series(LineSeries::new(curve.points.clone(), style).point_size(size))?
             .label(&curve.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+            .legend(move |at| stroke(at, style));
     }
+    legend(&mut chart)?;
+    root.present()
+}
+
+/// The names of the lines.
+fn legend<'a, 'b: 'a, X: Ranged, Y: Ranged>(
+    chart: &mut ChartContext<'a, SVGBackend<'b>, Cartesian2d<X, Y>>,
+) -> Drawn {
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::UpperRight)
         .border_style(GREY.mix(0.3))
         .label_font(font(15.0))
-        .draw()?;
-    root.present()
+        .draw()
+}
+
+/// A line's mark beside its name.
+fn stroke((x, y): (i32, i32), style: ShapeStyle) -> PathElement<(i32, i32)> {
+    PathElement::new([(x, y), (x + 18, y)], style)
 }
 
 /// "250 k", "1.5 M".
@@ -171,14 +183,9 @@ fn draw_table(
         chart
             .draw_series(LineSeries::new(points, style).point_size(3))?
             .label(name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+            .legend(move |at| stroke(at, style));
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .border_style(GREY.mix(0.3))
-        .label_font(font(15.0))
-        .draw()?;
+    legend(&mut chart)?;
     root.present()
 }
 

@@ -194,9 +194,8 @@ fn read_tensors(folder: &Path, name: &str, state: &State) -> Result<BTreeMap<Str
     for (name, tensor) in order {
         hash.update(name.as_bytes());
         hash.update(tensor.bytes());
-        let values = tensor.bytes().chunks_exact(4);
-        let values = values.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        tensors.insert(name.clone(), values);
+        let values = tensor.weights(name).map_err(|e| damaged(folder, e.to_string()))?;
+        tensors.insert(name.clone(), values.to_vec());
     }
     match state.files.get(name) {
         Some(want) if *want == hash.finalize().to_hex().as_str() => Ok(tensors),

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use anybit_io::IoError;
 use anybit_io::tokenizer::{BpeOptions, Tokenizer, train_bpe};
 
-use super::data::{DataError, Documents, Order, TokenFile, slice};
-use super::distributed::Communicator;
+use super::data::{DataError, Documents, Order, TokenFile};
 use super::recipe::{DataRecipe, TokenizerRecipe};
+use super::trainer::Sequences;
 use super::{Result, TrainError};
 
 /// Called with bytes read and bytes in all while texts are tokenized.
@@ -149,36 +149,18 @@ impl Corpus {
         *hash.finalize().as_bytes()
     }
 
-    /// Positions of the sequences that a rank takes at a step.
-    ///
-    /// # Errors
-    /// A batch that the ranks cannot share evenly.
-    pub fn positions(
-        &self,
-        step: u64,
-        batch: usize,
-        comm: &dyn Communicator,
-    ) -> Result<Range<u64>> {
-        Ok(slice(step, batch, comm.rank(), comm.size())?)
+    /// Inputs and targets of validation sequences.
+    pub fn validation(&self, windows: &[usize]) -> (Vec<u32>, Vec<u32>) {
+        let windows: Vec<usize> = windows.iter().map(|w| self.held_out[*w] as usize).collect();
+        pairs(self.validation.as_ref().unwrap_or(&self.train), &windows, self.context)
     }
+}
 
-    /// Inputs and targets of the sequences at `positions`, one after another.
-    ///
-    /// # Errors
-    /// When the token file became unreadable.
-    pub fn batch(&mut self, positions: Range<u64>) -> Result<(Vec<u32>, Vec<u32>)> {
+impl Sequences for Corpus {
+    fn batch(&mut self, positions: Range<u64>) -> (Vec<u32>, Vec<u32>) {
         let windows: Vec<usize> =
             positions.map(|position| self.own[self.order.at(position)] as usize).collect();
-        Ok(pairs(&self.train, &windows, self.context))
-    }
-
-    /// Inputs and targets of validation sequences.
-    ///
-    /// # Errors
-    /// When the token file became unreadable.
-    pub fn validation(&self, windows: &[usize]) -> Result<(Vec<u32>, Vec<u32>)> {
-        let windows: Vec<usize> = windows.iter().map(|w| self.held_out[*w] as usize).collect();
-        Ok(pairs(self.validation.as_ref().unwrap_or(&self.train), &windows, self.context))
+        pairs(&self.train, &windows, self.context)
     }
 }
 

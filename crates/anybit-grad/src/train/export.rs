@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anybit_core::{
-    ActivationQuantizer, Hadamard, Matrix, QuantizedMatrix, RowScale, Site, SiteState, Transform,
-    rounding::half_integer,
+    ActivationQuantizer, CoreError, Hadamard, Matrix, QuantizedMatrix, RowScale, Site, SiteState,
+    Transform, rounding::half_integer,
 };
 use anybit_io::IoError;
 use anybit_io::atomic::PartialFolder;
@@ -86,7 +86,7 @@ pub fn write(student: &QuantizedDecoder, recipe: &TrainRecipe, folder: &Path) ->
             copy_files(&tokenizer, partial.path())?;
         }
         None => {
-            let tensors = dense(student);
+            let tensors = dense(student)?;
             let list: Vec<(String, &Tensor)> =
                 tensors.iter().map(|(name, t)| (name.clone(), t)).collect();
             write_dense(partial.path(), &student.decoder.config, &list, &tokenizer)?;
@@ -106,33 +106,18 @@ fn packed(
     for block in &student.decoder.blocks {
         for (linear, out, cols) in config.block_linears() {
             let name = format!("model.layers.{}.{linear}.weight", block.layer);
-            let values = block.params[&format!("{linear}.weight")].data().to_vec();
-            let fail = |source| TrainError::from(IoError::Matrix { name: name.clone(), source });
-            let mut matrix = Matrix { rows: out, cols, data: values };
-            if weights.block > 0 {
-                Hadamard::blocks(cols, weights.block).map_err(fail)?.apply(&mut matrix.data);
-            }
-            let plane = half_integer(&matrix, weights.bits, None, weights.scale).map_err(fail)?;
-            let codes = QuantizedMatrix::single(plane);
-            let measured = Measured::against(&matrix, &codes);
-            quantized.insert(name.clone(), (codes, measured));
+            let data = block.params[&format!("{linear}.weight")].data().to_vec();
+            let codes = codes(Matrix { rows: out, cols, data }, weights);
+            quantized.insert(name.clone(), codes.map_err(|e| named(&name, e))?);
         }
         for site in Site::ALL {
-            let before = block.sites.at(site).transform.clone();
-            let cols = config.site_size(site);
             let name = format!("model.layers.{}.{}", block.layer, site.name());
+            let before = block.sites.transform(site);
+            let cols = config.site_size(site);
             let state = match site.linears().is_empty() {
-                true => SiteState { transform: before, quantizer: None },
+                true => SiteState { transform: before.cloned().map(Into::into), quantizer: None },
                 false => {
-                    let fail =
-                        |source| TrainError::from(IoError::Matrix { name: name.clone(), source });
-                    let steps = before.map(|t| (*t).clone()).into_iter().chain(
-                        rotation(cols, weights.block).map_err(fail)?.map(Transform::Hadamard),
-                    );
-                    let transform = composed(steps.collect()).map(Into::into);
-                    let quantizer = activations
-                        .map(|g| ActivationQuantizer::half_integer(cols, g.bits, g.scale));
-                    SiteState { transform, quantizer }
+                    state(before, cols, weights.block, activations).map_err(|e| named(&name, e))?
                 }
             };
             if state.transform.is_some() || state.quantizer.is_some() {
@@ -140,8 +125,14 @@ fn packed(
             }
         }
     }
-    let rest = dense(student).into_iter().filter(|(name, _)| !quantized.contains_key(name));
-    let dense = rest.map(|(name, t)| (name, (t.shape().to_vec(), t.data().to_vec()))).collect();
+    let mut tape = Tape::default();
+    let masters = student.decoder.vars(&mut tape, &|_| false).named();
+    let rest = masters.into_iter().filter(|(name, _)| !quantized.contains_key(name));
+    let dense = rest.map(|(name, var)| {
+        let tensor = tape.value(var);
+        (name, (tensor.shape().to_vec(), tensor.data().to_vec()))
+    });
+    let dense = dense.collect();
     let transform = sites.values().any(|s| s.transform.is_some());
     Ok(PackedModel {
         config,
@@ -156,32 +147,61 @@ fn packed(
     })
 }
 
-fn rotation(cols: usize, block: usize) -> anybit_core::Result<Option<Hadamard>> {
-    (block > 0).then(|| Hadamard::blocks(cols, block)).transpose()
+fn named(name: &str, source: CoreError) -> TrainError {
+    IoError::Matrix { name: name.into(), source }.into()
 }
 
-fn composed(mut steps: Vec<Transform>) -> Option<Transform> {
-    match steps.len() {
-        0 | 1 => steps.pop(),
-        _ => Some(Transform::Compose(steps)),
+/// A weight in codes, in the basis of its rounding, with what that lost.
+fn codes(
+    mut weight: Matrix,
+    grid: Grid,
+) -> std::result::Result<(QuantizedMatrix, Measured), CoreError> {
+    rotate(&mut weight.data, weight.cols, grid.block)?;
+    let codes = QuantizedMatrix::single(half_integer(&weight, grid.bits, None, grid.scale)?);
+    let measured = Measured::against(&weight, &codes);
+    Ok((codes, measured))
+}
+
+/// What stands at the input of linears: the model's own transform, the rotation, the rounding.
+fn state(
+    before: Option<&Transform>,
+    cols: usize,
+    block: usize,
+    activations: Option<Grid>,
+) -> std::result::Result<SiteState, CoreError> {
+    let rotation = (block > 0).then(|| Hadamard::blocks(cols, block)).transpose()?;
+    let rotation = rotation.map(Transform::Hadamard);
+    let transform = match (before.cloned(), rotation) {
+        (Some(before), Some(rotation)) => Some(Transform::Compose(vec![before, rotation])),
+        (before, rotation) => before.or(rotation),
+    };
+    let quantizer =
+        activations.map(|grid| ActivationQuantizer::half_integer(cols, grid.bits, grid.scale));
+    Ok(SiteState { transform: transform.map(Into::into), quantizer })
+}
+
+/// `x H` for rows of `cols`; nothing for a block of 0.
+fn rotate(x: &mut [f32], cols: usize, block: usize) -> std::result::Result<(), CoreError> {
+    if block > 0 {
+        Hadamard::blocks(cols, block)?.apply(x);
     }
+    Ok(())
 }
 
 /// Every parameter, those of the linears rounded and in their own basis.
-pub fn dense(student: &QuantizedDecoder) -> Vec<(String, Tensor)> {
+fn dense(student: &QuantizedDecoder) -> Result<Vec<(String, Tensor)>> {
     let mut tape = Tape::default();
     let weights = student.weights(&mut tape, false);
     let block = student.recipe.weights.as_ref().map_or(0, EstimatorSpec::basis);
     let linears = student.decoder.config.block_linears();
-    let tensor = |(name, var): (String, crate::Var)| {
+    let mut tensors = Vec::new();
+    for (name, var) in weights.operands().named() {
         let mut tensor = tape.value(var).clone();
         let linear = linears.iter().find(|(l, ..)| name.ends_with(&format!(".{l}.weight")));
-        if let Some((_, _, cols)) = linear
-            && let Ok(Some(rotation)) = rotation(*cols, block)
-        {
-            rotation.apply(tensor.data_mut());
+        if let Some((_, _, cols)) = linear {
+            rotate(tensor.data_mut(), *cols, block).map_err(|e| named(&name, e))?;
         }
-        (name, tensor)
-    };
-    weights.operands().named().into_iter().map(tensor).collect()
+        tensors.push((name, tensor));
+    }
+    Ok(tensors)
 }

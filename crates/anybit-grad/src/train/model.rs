@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use anybit_core::rng::SplitMix64;
-use anybit_io::{Architecture, ModelConfig};
+use anybit_io::ModelConfig;
 
 use crate::{Tensor, TrainDecoder};
 
@@ -31,44 +31,10 @@ pub fn preset_names() -> String {
     PRESETS.map(|(name, ..)| name).join(", ")
 }
 
-/// A Llama of `layers` layers without grouped keys, biases or tied embeddings.
-pub fn llama(
-    layers: usize,
-    hidden: usize,
-    heads: usize,
-    ffn: usize,
-    vocab: usize,
-    context: usize,
-) -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::LlamaForCausalLM,
-        hidden_size: hidden,
-        intermediate_size: ffn,
-        num_layers: layers,
-        num_heads: heads,
-        num_kv_heads: heads,
-        head_dim: hidden / heads.max(1),
-        vocab_size: vocab,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: None,
-        max_positions: context,
-        tie_embeddings: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        sliding_window: None,
-        window_from: 0,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
-    }
-}
-
 /// The shape of a name.
 pub fn preset(name: &str, vocab: usize, context: usize) -> Option<ModelConfig> {
     let (_, layers, hidden, heads, ffn) = PRESETS.into_iter().find(|p| p.0 == name)?;
-    Some(llama(layers, hidden, heads, ffn, vocab, context))
+    Some(ModelConfig::llama(layers, hidden, heads, ffn, vocab, context))
 }
 
 /// Parameters of the blocks and the final norm: `N` of scaling laws.

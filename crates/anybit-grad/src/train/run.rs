@@ -27,7 +27,7 @@ use super::corpus::{Corpus, tokenizer};
 use super::distributed::{Communicator, same_everywhere};
 use super::log::{JsonLines, Kind, Record, TensorBoard};
 use super::model::{block_parameters, initialize, preset, preset_names};
-use super::trainer::{NotFinite, StepReport, Trainer, cross_entropy};
+use super::trainer::{NotFinite, Sequences, StepReport, Trainer, cross_entropy};
 use super::{QuantizedDecoder, QuantizerRecipe, Result, TrainError, TrainRecipe, export};
 use crate::distill::Distiller;
 use crate::{Tape, TrainDecoder};
@@ -140,16 +140,14 @@ fn prepare_folder(
     options: RunOptions,
     comm: &mut dyn Communicator,
 ) -> Result<Option<File>> {
-    let result = match comm.rank() {
-        0 => claim_folder(recipe, options).map(Some),
-        _ => Ok(None),
+    let lock = match comm.rank() {
+        0 => Some(claim_folder(recipe, options)?),
+        _ => None,
     };
-    if result.is_ok() {
-        comm.barrier()?;
-    }
+    comm.barrier()?;
     let hash = blake3::hash(json(recipe)?.as_bytes());
     same_everywhere(comm, "the recipe", *hash.as_bytes())?;
-    result
+    Ok(lock)
 }
 
 fn json(value: &impl Serialize) -> Result<String> {
@@ -219,28 +217,20 @@ fn texts(
     comm: &mut dyn Communicator,
     watch: &mut dyn FnMut(Event<'_>),
 ) -> Result<(Tokenizer, Corpus)> {
-    let mut make = || {
-        let init = recipe.model.init.as_deref();
-        let tokenizer = tokenizer(&recipe.data, init, &recipe.out.join("tokenizer"))?;
-        // What the tokenizer puts before a text, if anything, is what documents begin with.
-        let bos = tokenizer.encode("", true)?.first().copied();
-        let folder = recipe.out.join("data");
-        let mut progress = |done, total| watch(Event::Tokenizing(done, total));
-        let corpus =
-            Corpus::prepare(&recipe.data, &tokenizer, bos, recipe.seed, &folder, &mut progress)?;
-        Ok((tokenizer, corpus))
-    };
-    if comm.rank() == 0 {
-        let made: Result<(Tokenizer, Corpus)> = make();
-        if made.is_ok() {
-            comm.barrier()?;
-        }
-        let (tokenizer, corpus) = made?;
-        same_everywhere(comm, "the tokenized texts", corpus.key())?;
-        return Ok((tokenizer, corpus));
+    if comm.rank() > 0 {
+        comm.barrier()?;
     }
-    comm.barrier()?;
-    let (tokenizer, corpus) = make()?;
+    let init = recipe.model.init.as_deref();
+    let tokenizer = tokenizer(&recipe.data, init, &recipe.out.join("tokenizer"))?;
+    // What the tokenizer puts before a text, if anything, is what documents begin with.
+    let bos = tokenizer.encode("", true)?.first().copied();
+    let folder = recipe.out.join("data");
+    let mut progress = |done, total| watch(Event::Tokenizing(done, total));
+    let corpus =
+        Corpus::prepare(&recipe.data, &tokenizer, bos, recipe.seed, &folder, &mut progress)?;
+    if comm.rank() == 0 {
+        comm.barrier()?;
+    }
     same_everywhere(comm, "the tokenized texts", corpus.key())?;
     Ok((tokenizer, corpus))
 }
@@ -338,7 +328,7 @@ impl Session<'_> {
     /// Initializes what is found on data, and takes up the newest checkpoint.
     fn begin(&mut self, options: RunOptions, comm: &mut dyn Communicator) -> Result<()> {
         let context = self.recipe.data.context;
-        let (first, _) = self.corpus.batch(0..1)?;
+        let (first, _) = self.corpus.batch(0..1);
         self.trainer.student.initialize_activations(&first, context)?;
         if options.resume
             && let Some(step) = checkpoint::list(self.out)?.pop()
@@ -349,6 +339,9 @@ impl Session<'_> {
             if let Some(distiller) = &mut self.distiller {
                 distiller.balancer.load_state(&state.balancer)?;
             }
+        }
+        if comm.size() == 1 {
+            return Ok(());
         }
         let mut hash = blake3::Hasher::new();
         for (name, tensor, _) in self.trainer.student.parameters() {

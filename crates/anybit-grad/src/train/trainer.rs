@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::corpus::Corpus;
+use super::data::slice;
 use super::distributed::{Communicator, sum_f64, sum_gradients};
 use super::quantized::{LeafGradients, WeightVars};
 use super::{QuantizedDecoder, Result, TrainSettings};
@@ -22,6 +23,12 @@ use crate::{AdamW, DecoderOutput, OneCycle, Tape, Update, Var, clip_factor, glob
 /// What a micro-batch minimizes: `(tape, output, head, inputs, targets)` to a scalar.
 pub type Objective<'a> =
     &'a mut dyn FnMut(&mut Tape, &DecoderOutput, Var, &[u32], &[u32]) -> Result<Var>;
+
+/// Where a step's sequences come from.
+pub trait Sequences {
+    /// Inputs and targets of the sequences at these positions of training, one after another.
+    fn batch(&mut self, positions: Range<u64>) -> (Vec<u32>, Vec<u32>);
+}
 
 /// The mean cross-entropy of the next token.
 pub fn cross_entropy(
@@ -70,7 +77,6 @@ pub struct NotFinite {
 }
 
 fn finite(values: &[f32]) -> bool {
-    // A sum over blocks: NaN and infinity survive it.
     values.iter().all(|v| v.is_finite())
 }
 
@@ -101,27 +107,25 @@ impl Trainer {
     /// Tokens outside the vocabulary; ranks that lost each other.
     pub fn step(
         &mut self,
-        corpus: &mut Corpus,
+        sequences: &mut dyn Sequences,
         comm: &mut dyn Communicator,
         objective: Objective<'_>,
     ) -> Result<std::result::Result<StepReport, NotFinite>> {
-        let positions = corpus.positions(self.step, self.settings.batch, comm)?;
-        let found = self.leaf_gradients(corpus, positions, objective);
+        let positions = slice(self.step, self.settings.batch, comm.rank(), comm.size())?;
+        let found = self.leaf_gradients(sequences, positions, objective);
         self.tape.reset();
-        let found = found?;
-        let (loss, mut sum) = match &found {
-            Ok((loss, ..)) => (*loss, None),
+        let (loss, mut sum, weights) = match found? {
+            Ok((loss, sum, weights)) => (loss, sum, Ok(weights)),
             // The other ranks must hear of it too: their sums become NaN.
-            Err(_) => (f64::NAN, Some(self.student.no_gradients(f32::NAN))),
-        };
-        let (weights, mut sum, failed) = match found {
-            Ok((_, sum, weights)) => (Some(weights), sum, None),
-            Err(failed) => (None, sum.take().unwrap_or_default(), Some(failed)),
+            Err(failed) => (f64::NAN, self.student.no_gradients(f32::NAN), Err(failed)),
         };
         let loss = reduce(loss, &mut sum, comm)?;
-        let (Some(weights), None) = (weights, &failed) else {
-            self.weights_tape.reset();
-            return Ok(Err(failed.unwrap_or_else(elsewhere)));
+        let weights = match weights {
+            Ok(weights) => weights,
+            Err(failed) => {
+                self.weights_tape.reset();
+                return Ok(Err(failed));
+            }
         };
         let grads = self.student.finish(&weights, &mut self.weights_tape, sum);
         self.weights_tape.reset();
@@ -152,7 +156,7 @@ impl Trainer {
     /// Mean loss over the sequences at `positions`, and its gradients with respect to the operands.
     fn leaf_gradients(
         &mut self,
-        corpus: &mut Corpus,
+        sequences: &mut dyn Sequences,
         positions: Range<u64>,
         objective: Objective<'_>,
     ) -> Result<std::result::Result<(f64, LeafGradients, WeightVars), NotFinite>> {
@@ -164,7 +168,7 @@ impl Trainer {
         let mut start = positions.start;
         while start < positions.end {
             let end = (start + micro).min(positions.end);
-            let (inputs, targets) = corpus.batch(start..end)?;
+            let (inputs, targets) = sequences.batch(start..end);
             let leaves = student.leaves(&weights, weights_tape, tape, true);
             let output = student.forward(tape, &leaves, &inputs, *context)?;
             let loss = objective(tape, &output, leaves.vars.head, &inputs, &targets)?;
@@ -193,7 +197,7 @@ impl Trainer {
         let place = bad.max_by_key(|name| layer(name)).cloned();
         NotFinite {
             what: "a gradient is no number".into(),
-            place: place.unwrap_or_else(|| elsewhere().place),
+            place: place.unwrap_or_else(|| "another rank".into()),
         }
     }
 
@@ -214,7 +218,7 @@ impl Trainer {
         let (mut sum, mut count) = (0.0, 0.0);
         let windows: Vec<usize> = (own(rank)..own(rank + 1)).collect();
         for part in windows.chunks(self.settings.micro_batch.unwrap_or(8)) {
-            let (inputs, targets) = corpus.validation(part)?;
+            let (inputs, targets) = corpus.validation(part);
             let leaves = student.leaves(&weights, weights_tape, tape, false);
             let output = student.forward(tape, &leaves, &inputs, *context)?;
             let loss = tape.linear_cross_entropy(output.hidden, leaves.vars.head, &targets);
@@ -236,7 +240,7 @@ impl Trainer {
         if self.student.recipe.is_none() || corpus.validation_windows() == 0 {
             return Ok(BTreeMap::new());
         }
-        let (inputs, _) = corpus.validation(&[0])?;
+        let (inputs, _) = corpus.validation(&[0]);
         self.student.trusted_shares(&inputs, self.context)
     }
 }
@@ -253,11 +257,6 @@ fn reduce(loss: f64, sum: &mut LeafGradients, comm: &mut dyn Communicator) -> Re
     let mut loss = [loss];
     sum_f64(comm, &mut loss)?;
     Ok(loss[0] / comm.size() as f64)
-}
-
-/// Another rank found it.
-fn elsewhere() -> NotFinite {
-    NotFinite { what: "a value is no number".into(), place: "another rank".into() }
 }
 
 /// The first layer whose output is no number.

@@ -4,6 +4,8 @@
 // Every test binary has its own copy and uses a part of it.
 #![allow(dead_code)]
 
+pub mod training;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
