@@ -112,9 +112,8 @@ impl Trainer {
         objective: Objective<'_>,
     ) -> Result<std::result::Result<StepReport, NotFinite>> {
         let positions = slice(self.step, self.settings.batch, comm.rank(), comm.size())?;
-        let found = self.leaf_gradients(sequences, positions, objective);
-        self.tape.reset();
-        let (loss, mut sum, weights) = match found? {
+        let found = self.leaf_gradients(sequences, positions, objective)?;
+        let (loss, mut sum, weights) = match found {
             Ok((loss, sum, weights)) => (loss, sum, Ok(weights)),
             // The other ranks must hear of it too: their sums become NaN.
             Err(failed) => (f64::NAN, self.student.no_gradients(f32::NAN), Err(failed)),
@@ -174,7 +173,9 @@ impl Trainer {
             let loss = objective(tape, &output, leaves.vars.head, &inputs, &targets)?;
             let value = tape.data(loss)[0];
             if !value.is_finite() {
-                return Ok(Err(not_finite_forward(tape, &output, value)));
+                let found = not_finite_forward(tape, &output, value);
+                tape.reset();
+                return Ok(Err(found));
             }
             let share = (end - start) as f64 / count as f64;
             total += value as f64 * share;
