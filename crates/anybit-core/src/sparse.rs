@@ -87,7 +87,7 @@ impl Sparse {
     }
 
     /// Adds the entries of `row` to `out`.
-    pub(crate) fn add_row(&self, row: usize, out: &mut [f32]) {
+    pub fn add_row(&self, row: usize, out: &mut [f32]) {
         let own = self.rows[row] as usize..self.rows[row + 1] as usize;
         for (col, value) in self.cols[own.clone()].iter().zip(&self.values[own]) {
             out[*col as usize] += value.to_f32();

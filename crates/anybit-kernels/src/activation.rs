@@ -30,7 +30,7 @@ pub fn exp(x: f32) -> f32 {
 
 /// Softmax of a row in place.
 pub fn softmax(row: &mut [f32]) {
-    let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+    let max = largest(row);
     let mut lanes = [0f32; 16];
     let mut chunks = row.chunks_exact_mut(16);
     for chunk in &mut chunks {
@@ -48,13 +48,31 @@ pub fn softmax(row: &mut [f32]) {
     row.iter_mut().for_each(|v| *v *= factor);
 }
 
+/// Largest of the values, those that are not a number aside; −∞ of none.
+fn largest(row: &[f32]) -> f32 {
+    // Lanes of which each takes a comparison and a choice: what vectors have an instruction for.
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = row.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane = if *v > *lane { *v } else { *lane };
+        }
+    }
+    let rest = rest.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    lanes.into_iter().fold(rest, f32::max)
+}
+
 /// `gate = silu(gate) · up`, elementwise; `silu(x) = x / (1 + e^−x)`.
 pub fn swiglu(gate: &mut [f32], up: &[f32]) {
-    gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(gate, up)| {
+    let combine = |(gate, up): (&mut [f32], &[f32])| {
         for (g, u) in gate.iter_mut().zip(up) {
             *g = *g / (1.0 + exp(-*g)) * u;
         }
-    });
+    };
+    match gate.len() <= CHUNK {
+        true => combine((gate, up)),
+        false => gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(combine),
+    }
 }
 
 #[cfg(test)]

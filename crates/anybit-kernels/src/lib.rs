@@ -8,19 +8,24 @@
 
 pub mod activation;
 pub mod attention;
+pub mod gemv;
 pub mod integer;
+pub mod isa;
 pub mod kv;
 pub mod linear;
 pub mod norm;
+pub mod pool;
 pub mod rope;
 pub mod transform;
 
 pub use activation::{softmax, swiglu};
-pub use attention::{AttentionShape, attention};
+pub use attention::{AttentionShape, attend_one, attention, attention_decode};
+pub use gemv::{PackedWeight, gemv};
 pub use integer::{IntegerWeight, QuantizedRows};
-pub use kv::KvRows;
+pub use kv::{KvRows, PlainType};
 pub use linear::linear;
 pub use norm::rms_norm;
+pub use pool::SpinPool;
 pub use rope::RopeTable;
 pub use transform::{fake_rows, quantize_rows, transform_rows};
 

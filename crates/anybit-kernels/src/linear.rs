@@ -8,7 +8,7 @@ use anybit_core::RowSource;
 use anybit_core::linalg::{View, matmul_into};
 use rayon::prelude::*;
 
-use crate::{DisjointMut, with_scratch};
+use crate::{DisjointMut, SpinPool, with_scratch};
 
 /// Up to this many tokens, dot products beat packing for GEMM.
 const FEW_TOKENS: usize = 4;
@@ -27,7 +27,10 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
     let tokens = x.len() / inp;
     assert_eq!(x.len(), tokens * inp, "inputs are not whole tokens");
     assert_eq!(y.len(), tokens * out, "output has another shape");
-    let tile = if tokens <= FEW_TOKENS { 64 } else { tile_rows(out, inp) };
+    if tokens <= FEW_TOKENS {
+        return few(x, weight, bias, y);
+    }
+    let tile = tile_rows(out, inp);
     let row_tiles = out.div_ceil(tile);
     let dst = DisjointMut::new(y);
     (0..row_tiles * tokens.div_ceil(TOKENS)).into_par_iter().for_each(|task| {
@@ -38,23 +41,11 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
         // SAFETY: `rows` of tokens `first..first + count` belong to this task alone.
         let y = unsafe { dst.at(first * out + rows.start) };
         with_scratch(rows.len() * inp, |w| {
-            if count > FEW_TOKENS {
-                weight.read_rows(rows.clone(), w);
-                let lhs = View::rows(x, count, inp, inp);
-                let rhs = View::rows(w, rows.len(), inp, inp).t();
-                // SAFETY: as above, and the output has `out` elements per token.
-                unsafe { matmul_into(y, out, false, 1.0, lhs, rhs) };
-            } else {
-                for row in rows.clone() {
-                    // One row at a time stays in the first-level cache.
-                    let w = &mut w[..inp];
-                    weight.read_rows(row..row + 1, w);
-                    for (token, x) in x.chunks_exact(inp).enumerate() {
-                        // SAFETY: as above.
-                        unsafe { *y.add(token * out + row - rows.start) = dot(x, w) };
-                    }
-                }
-            }
+            weight.read_rows(rows.clone(), w);
+            let lhs = View::rows(x, count, inp, inp);
+            let rhs = View::rows(w, rows.len(), inp, inp).t();
+            // SAFETY: as above, and the output has `out` elements per token.
+            unsafe { matmul_into(y, out, false, 1.0, lhs, rhs) };
             for (row, bias) in bias.map(|b| &b[rows.clone()]).into_iter().flatten().enumerate() {
                 for token in 0..count {
                     // SAFETY: as above.
@@ -63,6 +54,28 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
             }
         });
     });
+}
+
+/// [`linear`] by dot products, each decoded row used for all tokens while it is in the first-level
+/// cache.
+fn few(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [f32]) {
+    let (out, inp) = weight.shape();
+    let dst = DisjointMut::new(y);
+    let pool = SpinPool::global();
+    let work = |worker: usize| {
+        let share = |worker: usize| out * worker / pool.threads();
+        with_scratch(inp, |w| {
+            for row in share(worker)..share(worker + 1) {
+                weight.read_rows(row..row + 1, w);
+                for (token, x) in x.chunks_exact(inp).enumerate() {
+                    let product = dot(x, w) + bias.map_or(0.0, |b| b[row]);
+                    // SAFETY: this row of every token belongs to this worker alone.
+                    unsafe { *dst.at(token * out + row) = product };
+                }
+            }
+        });
+    };
+    pool.run(&work);
 }
 
 /// Rows of a tile: equal tiles, so that no thread waits for a larger one.

@@ -18,13 +18,21 @@ fn rows_per_task(cols: usize) -> usize {
 /// `x → x P`, every row of `x`.
 pub fn transform_rows(transform: &Transform, x: &mut [f32]) {
     let cols = transform.size().max(1);
-    x.par_chunks_mut(rows_per_task(cols) * cols).for_each(|rows| transform.apply(rows));
+    let step = rows_per_task(cols) * cols;
+    match x.len() <= step {
+        true => transform.apply(x),
+        false => x.par_chunks_mut(step).for_each(|rows| transform.apply(rows)),
+    }
 }
 
 /// Replaces rows by the values of their codes.
 pub fn fake_rows(quantizer: &ActivationQuantizer, x: &mut [f32]) {
     let cols = quantizer.cols().max(1);
-    x.par_chunks_mut(rows_per_task(cols) * cols).for_each(|rows| quantizer.fake(rows));
+    let step = rows_per_task(cols) * cols;
+    match x.len() <= step {
+        true => quantizer.fake(x),
+        false => x.par_chunks_mut(step).for_each(|rows| quantizer.fake(rows)),
+    }
 }
 
 /// Puts rows on their grids.
@@ -37,17 +45,24 @@ pub fn quantize_rows(quantizer: &ActivationQuantizer, x: &[f32], out: &mut Quant
     out.scales.resize(tokens * parts, 0.0);
     out.doubled_zeros.resize(tokens * parts, 0);
     let step = rows_per_task(cols);
-    let codes = out.codes.par_chunks_mut(step * cols);
-    let zeros = out.doubled_zeros.par_chunks_mut(step * parts);
-    let grids = out.scales.par_chunks_mut(step * parts).zip(zeros);
-    x.par_chunks(step * cols).zip(codes).zip(grids).for_each(|((x, codes), (scales, zeros))| {
+    let encode = |((x, codes), (scales, zeros)): Rows<'_>| {
         let rows = x.chunks_exact(cols).zip(codes.chunks_exact_mut(cols));
         let grids = scales.chunks_exact_mut(parts).zip(zeros.chunks_exact_mut(parts));
         for ((x, codes), (scales, zeros)) in rows.zip(grids) {
             quantizer.encode_row(x, codes, scales, zeros);
         }
-    });
+    };
+    if tokens <= step {
+        return encode(((x, &mut out.codes), (&mut out.scales, &mut out.doubled_zeros)));
+    }
+    let codes = out.codes.par_chunks_mut(step * cols);
+    let zeros = out.doubled_zeros.par_chunks_mut(step * parts);
+    let grids = out.scales.par_chunks_mut(step * parts).zip(zeros);
+    x.par_chunks(step * cols).zip(codes).zip(grids).for_each(encode);
 }
+
+/// Values and codes of some rows, and their scales and zero points.
+type Rows<'a> = ((&'a [f32], &'a mut [i8]), (&'a mut [f32], &'a mut [i32]));
 
 #[cfg(test)]
 mod tests {

@@ -6,7 +6,7 @@ use std::path::Path;
 use anybit_core::{BlockSites, RowSource};
 use anybit_io::{IoError, ModelConfig};
 use anybit_kernels::RopeTable;
-use anybit_runtime::{DecoderLayer, LayerBuffers, LayerKv};
+use anybit_runtime::{DecoderLayer, LayerBuffers, LayerKv, PlainType};
 
 use crate::Result;
 
@@ -102,7 +102,7 @@ impl Mover {
     pub fn new(config: &ModelConfig, seqlen: usize) -> Self {
         Self {
             rope: RopeTable::new(config.rope_frequencies(), seqlen),
-            kv: LayerKv::new(config, seqlen, &BlockSites::default()),
+            kv: LayerKv::new(config, seqlen, &BlockSites::default(), PlainType::F32),
             buffers: LayerBuffers::default(),
             normed: vec![0.0; seqlen * config.hidden_size],
             mixed: vec![0.0; seqlen * config.q_size().max(config.intermediate_size)],

@@ -6,7 +6,8 @@ use anybit_core::RowSource;
 use anybit_io::{Checkpoint, ModelConfig};
 use anybit_kernels::{RopeTable, rms_norm};
 
-use crate::{DecoderLayer, KvCache, LayerBuffers, LayerKv, Linear, Result, RuntimeError};
+use crate::layer::Places;
+use crate::{DecoderLayer, KvCache, LayerBuffers, Linear, Result, RuntimeError};
 
 /// Tokens that pass through the layers together: enough for GEMM, few enough for the caches.
 pub const BLOCK_CHUNK: usize = 512;
@@ -45,10 +46,10 @@ impl Decoder {
         let layers = (0..config.num_layers)
             .map(|i| DecoderLayer::load(checkpoint, i))
             .collect::<Result<_>>()?;
-        let embedding: Arc<dyn RowSource> =
-            Arc::new(checkpoint.weight("model.embed_tokens.weight")?);
+        let tied = Linear::of(checkpoint.weight("model.embed_tokens.weight")?);
+        let embedding = tied.weight.clone();
         let head = match config.tie_embeddings {
-            true => Linear::new(embedding.clone(), None),
+            true => tied,
             false => Linear::load(checkpoint, "lm_head", false)?,
         };
         let rope = RopeTable::new(config.rope_frequencies(), positions);
@@ -56,16 +57,16 @@ impl Decoder {
         Ok(Self { config, embedding, layers, norm, head, rope })
     }
 
-    /// Bytes of weights that one decoded token reads: every layer and the head, and one row of
-    /// the embedding.
+    /// Bytes of weights that one decoded token reads, as kernels hold them: every layer and the
+    /// head.
     pub fn bytes_per_token(&self) -> usize {
         let linears = |l: &DecoderLayer| {
             [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]
                 .iter()
-                .map(|l| l.weight.stored_bytes())
+                .map(|l| l.pass_bytes())
                 .sum::<usize>()
         };
-        self.layers.iter().map(linears).sum::<usize>() + self.head.weight.stored_bytes()
+        self.layers.iter().map(linears).sum::<usize>() + self.head.pass_bytes()
     }
 
     /// Embeds `tokens` into `x`, `[tokens, hidden]`.
@@ -102,26 +103,65 @@ impl Decoder {
             return Err(RuntimeError::ContextFull { needed, capacity: kv.capacity });
         }
         hidden.resize(tokens.len() * d, 0.0);
+        let mut len = kv.len;
         for (tokens, x) in tokens.chunks(BLOCK_CHUNK).zip(hidden.chunks_mut(BLOCK_CHUNK * d)) {
             self.embed(tokens, x)?;
-            for (layer, kv_layer) in self.layers.iter().zip(&mut kv.layers) {
-                self.layer_forward(layer, x, kv.len, kv_layer, buffers);
+            for (layer, kv) in self.layers.iter().zip(&mut kv.layers) {
+                let mut places = Places::Sequence { kv, start: len };
+                self.layer_forward(layer, x, &mut places, buffers);
             }
-            kv.len += tokens.len();
-            let normed = &mut buffers.normed;
-            normed.resize(x.len().max(normed.len()), 0.0);
-            rms_norm(x, &self.norm, self.config.rms_norm_eps, &mut normed[..x.len()]);
-            x.copy_from_slice(&normed[..x.len()]);
+            len += tokens.len();
+            self.finish(x, buffers);
         }
+        kv.len = len;
         Ok(())
+    }
+
+    /// Runs the next token of each sequence, which stands behind what its cache holds, and leaves
+    /// the final hidden states in `hidden`, `[sequences, hidden]`. All share one pass over the
+    /// weights.
+    ///
+    /// # Errors
+    /// The context of a sequence is full, or a token is outside the vocabulary.
+    ///
+    /// # Panics
+    /// When there is not one token for each cache.
+    pub fn forward_each(
+        &self,
+        tokens: &[u32],
+        caches: &mut [KvCache],
+        buffers: &mut Buffers,
+        hidden: &mut Vec<f32>,
+    ) -> Result<()> {
+        assert_eq!(tokens.len(), caches.len(), "a token for each sequence");
+        if let Some(full) = caches.iter().find(|cache| cache.len == cache.capacity) {
+            let (needed, capacity) = (full.len + 1, full.capacity);
+            return Err(RuntimeError::ContextFull { needed, capacity });
+        }
+        hidden.resize(tokens.len() * self.config.hidden_size, 0.0);
+        self.embed(tokens, hidden)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut places = Places::Each { caches, layer: index };
+            self.layer_forward(layer, hidden, &mut places, buffers);
+        }
+        caches.iter_mut().for_each(|cache| cache.len += 1);
+        self.finish(hidden, buffers);
+        Ok(())
+    }
+
+    /// The final norm, in place.
+    fn finish(&self, x: &mut [f32], buffers: &mut Buffers) {
+        let normed = &mut buffers.normed;
+        normed.resize(x.len().max(normed.len()), 0.0);
+        rms_norm(x, &self.norm, self.config.rms_norm_eps, &mut normed[..x.len()]);
+        x.copy_from_slice(&normed[..x.len()]);
     }
 
     fn layer_forward(
         &self,
         layer: &DecoderLayer,
         x: &mut [f32],
-        start: usize,
-        kv: &mut LayerKv,
+        places: &mut Places<'_>,
         buffers: &mut Buffers,
     ) {
         let tokens = x.len() / self.config.hidden_size;
@@ -132,7 +172,7 @@ impl Decoder {
         let normed = &mut normed[..x.len()];
         layer.attention_input(x, normed);
         let attended = &mut mixed[..tokens * self.config.q_size()];
-        layer.attention_mix(normed, start, &self.rope, kv, inner, attended);
+        layer.attention_mix_at(normed, places, &self.rope, inner, attended);
         layer.attention_output(attended, inner, x);
         layer.mlp_input(x, normed);
         let activated = &mut mixed[..tokens * self.config.intermediate_size];
@@ -141,7 +181,7 @@ impl Decoder {
     }
 
     /// Logits of hidden states: `[tokens, hidden]` to `[tokens, vocab]`.
-    pub fn logits(&self, hidden: &[f32], logits: &mut [f32]) {
-        self.head.forward(hidden, logits);
+    pub fn logits(&self, hidden: &[f32], buffers: &mut Buffers, logits: &mut [f32]) {
+        self.head.forward(hidden, &mut buffers.layer.input.scratch, logits);
     }
 }

@@ -1,11 +1,11 @@
-//! The key and value cache, `[layers][kv_heads, capacity, head_dim]`: f32, or packed as the
+//! The key and value cache, `[layers][kv_heads, capacity, head_dim]`: f32, f16, or packed as the
 //! quantizers at the sites `key` and `value` say.
 
 use anybit_core::{BlockSites, Site};
 use anybit_io::ModelConfig;
-use anybit_kernels::KvRows;
+use anybit_kernels::{KvRows, PlainType};
 
-use crate::Decoder;
+use crate::{Decoder, DecoderLayer};
 
 /// Keys and values of one layer.
 #[derive(Debug, Clone)]
@@ -18,14 +18,22 @@ pub struct LayerKv {
     pub capacity: usize,
     kv_heads: usize,
     head_dim: usize,
+    plain: PlainType,
 }
 
 impl LayerKv {
-    /// Room for `capacity` positions of a block with these sites.
-    pub fn new(config: &ModelConfig, capacity: usize, sites: &BlockSites) -> Self {
+    /// Room for `capacity` positions of a block with these sites; what has no quantizer is stored
+    /// as `plain`.
+    pub fn new(
+        config: &ModelConfig,
+        capacity: usize,
+        sites: &BlockSites,
+        plain: PlainType,
+    ) -> Self {
         let (kv_heads, head_dim) = (config.num_kv_heads, config.head_dim);
-        let rows = |site| KvRows::new(kv_heads * capacity, head_dim, sites.quantizer(site));
-        Self { keys: rows(Site::Key), values: rows(Site::Value), capacity, kv_heads, head_dim }
+        let rows = |site| KvRows::new(kv_heads * capacity, head_dim, sites.quantizer(site), plain);
+        let (keys, values) = (rows(Site::Key), rows(Site::Value));
+        Self { keys, values, capacity, kv_heads, head_dim, plain }
     }
 
     /// Makes it hold what a block with these sites stores; what it held is lost where the packing
@@ -34,8 +42,8 @@ impl LayerKv {
         let rows = self.kv_heads * self.capacity;
         for (site, held) in [(Site::Key, &mut self.keys), (Site::Value, &mut self.values)] {
             let quantizer = sites.quantizer(site);
-            if !held.fits(quantizer) {
-                *held = KvRows::new(rows, self.head_dim, quantizer);
+            if !held.fits(quantizer, self.plain) {
+                *held = KvRows::new(rows, self.head_dim, quantizer, self.plain);
             }
             held.set_quantizer(quantizer);
         }
@@ -63,10 +71,11 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Room for `capacity` positions in every layer.
-    pub fn new(decoder: &Decoder, capacity: usize) -> Self {
+    /// Room for `capacity` positions in every layer; what has no quantizer is stored as `plain`.
+    pub fn new(decoder: &Decoder, capacity: usize, plain: PlainType) -> Self {
         let layers = decoder.layers.iter();
-        let layers = layers.map(|l| LayerKv::new(&decoder.config, capacity, &l.sites)).collect();
+        let layer = |l: &DecoderLayer| LayerKv::new(&decoder.config, capacity, &l.sites, plain);
+        let layers = layers.map(layer).collect();
         Self { layers, len: 0, capacity }
     }
 

@@ -9,100 +9,23 @@
 //! x += mlp_output(n)
 //! ```
 //!
-//! What flows into linears has gone through its site's online transform; the quantizer stands
-//! directly before the linears, so a shared input is quantized once. Packed affine weights then
-//! multiply in integers; all others see the values that the codes stand for.
+//! What flows into linears has gone through its site's online transform; how it reaches them is
+//! the matter of [`crate::linear`].
 
-use std::sync::Arc;
-
-use anybit_core::{BlockSites, RowSource, Site, SiteState};
-use anybit_io::{Checkpoint, Weight};
+use anybit_core::{BlockSites, Site};
+use anybit_io::Checkpoint;
+use anybit_kernels::attention::{Query, attention_decode};
 use anybit_kernels::{
-    AttentionShape, IntegerWeight, QuantizedRows, RopeTable, attention, fake_rows, linear,
-    quantize_rows, rms_norm, swiglu, transform_rows,
+    AttentionShape, RopeTable, attention, fake_rows, rms_norm, swiglu, transform_rows,
 };
 
-use crate::{LayerKv, Result};
-
-/// `y = x Wᵀ + b` with a weight in any storage.
-#[derive(Clone)]
-pub struct Linear {
-    /// The weight, `[out, in]`.
-    pub weight: Arc<dyn RowSource>,
-    /// The bias, `[out]`.
-    pub bias: Option<Vec<f32>>,
-    /// The weight for products with quantized inputs, where it is packed on affine grids.
-    integer: Option<Arc<IntegerWeight>>,
-}
-
-impl Linear {
-    /// Loads `NAME.weight` and, when the architecture has one, `NAME.bias`.
-    ///
-    /// # Errors
-    /// What the checkpoint reports.
-    pub fn load(checkpoint: &Checkpoint, name: &str, bias: bool) -> Result<Self> {
-        Self::load_at(checkpoint, name, bias, &SiteState::default())
-    }
-
-    /// [`Self::load`] behind a site: with a quantizer there, packed weights multiply in integers.
-    fn load_at(checkpoint: &Checkpoint, name: &str, bias: bool, site: &SiteState) -> Result<Self> {
-        let weight = checkpoint.weight(&format!("{name}.weight"))?;
-        let integer = match (&weight, &site.quantizer) {
-            (Weight::Quantized(matrix), Some(quantizer)) => {
-                IntegerWeight::new(matrix, &quantizer.widths()).map(Arc::new)
-            }
-            _ => None,
-        };
-        let bias = bias.then(|| checkpoint.vector(&format!("{name}.bias"))).transpose()?;
-        Ok(Self { weight: Arc::new(weight), bias, integer })
-    }
-
-    /// A linear of these parts.
-    pub fn new(weight: Arc<dyn RowSource>, bias: Option<Vec<f32>>) -> Self {
-        Self { weight, bias, integer: None }
-    }
-
-    /// Puts another weight of the same shape in place.
-    pub fn set_weight(&mut self, weight: Arc<dyn RowSource>) {
-        self.weight = weight;
-        self.integer = None;
-    }
-
-    /// Whether products with quantized inputs are taken in integers.
-    pub fn is_integer(&self) -> bool {
-        self.integer.is_some()
-    }
-
-    /// Takes products with the values that codes stand for, in f32, from here on.
-    pub fn without_integers(&mut self) {
-        self.integer = None;
-    }
-
-    fn forward_site(&self, input: &SiteInput<'_>, y: &mut [f32]) {
-        match (input, &self.integer) {
-            (SiteInput::Codes(codes), Some(weight)) => {
-                weight.forward(codes, self.bias.as_deref(), y);
-            }
-            (SiteInput::Values(x), _) => self.forward(x, y),
-            (SiteInput::Codes(_), None) => unreachable!("codes are made for integer weights alone"),
-        }
-    }
-
-    /// Applies it to `x`, `[tokens, in]`.
-    pub fn forward(&self, x: &[f32], y: &mut [f32]) {
-        linear(x, &*self.weight, self.bias.as_deref(), y);
-    }
-
-    /// Rows of the weight.
-    pub fn out_size(&self) -> usize {
-        self.weight.shape().0
-    }
-}
+use crate::linear::InputBuffers;
+use crate::{KvCache, LayerKv, Linear, Result};
 
 /// Intermediate values of one layer for a chunk of tokens; grown once, reused for every layer.
 #[derive(Debug, Clone, Default)]
 pub struct LayerBuffers {
-    input: InputBuffers,
+    pub(crate) input: InputBuffers,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -110,36 +33,44 @@ pub struct LayerBuffers {
     out: Vec<f32>,
 }
 
-/// A site's input as its linears take it.
-#[derive(Debug, Clone, Default)]
-struct InputBuffers {
-    values: Vec<f32>,
-    codes: QuantizedRows,
+/// Where tokens stand, and the caches of their layer.
+pub(crate) enum Places<'a> {
+    /// Tokens of one sequence, from a position on.
+    Sequence { kv: &'a mut LayerKv, start: usize },
+    /// The next token of each sequence; layer `layer` of their caches.
+    Each { caches: &'a mut [KvCache], layer: usize },
 }
 
-/// What linears multiply with.
-enum SiteInput<'a> {
-    Values(&'a [f32]),
-    Codes(&'a QuantizedRows),
-}
-
-impl InputBuffers {
-    /// Quantizes `x` once for all `linears` of a site.
-    fn quantize<'a>(
-        &'a mut self,
-        site: &SiteState,
-        linears: &[&Linear],
-        x: &'a [f32],
-    ) -> SiteInput<'a> {
-        let Some(quantizer) = &site.quantizer else { return SiteInput::Values(x) };
-        if linears.iter().all(|l| l.integer.is_some()) {
-            quantize_rows(quantizer, x, &mut self.codes);
-            return SiteInput::Codes(&self.codes);
+impl Places<'_> {
+    fn position(&self, token: usize) -> usize {
+        match self {
+            Self::Sequence { start, .. } => start + token,
+            Self::Each { caches, .. } => caches[token].len,
         }
-        let values = sized(&mut self.values, x.len());
-        values.copy_from_slice(x);
-        fake_rows(quantizer, values);
-        SiteInput::Values(values)
+    }
+
+    fn cache(&self, token: usize) -> &LayerKv {
+        match self {
+            Self::Sequence { kv, .. } => kv,
+            Self::Each { caches, layer } => &caches[token].layers[*layer],
+        }
+    }
+
+    fn cache_mut(&mut self, token: usize) -> &mut LayerKv {
+        match self {
+            Self::Sequence { kv, .. } => kv,
+            Self::Each { caches, layer } => &mut caches[token].layers[*layer],
+        }
+    }
+
+    /// Makes all caches hold what a block with these sites stores.
+    fn prepare(&mut self, sites: &BlockSites) {
+        match self {
+            Self::Sequence { kv, .. } => kv.prepare(sites),
+            Self::Each { caches, layer } => {
+                caches.iter_mut().for_each(|cache| cache.layers[*layer].prepare(sites));
+            }
+        }
     }
 }
 
@@ -265,16 +196,25 @@ impl DecoderLayer {
         buffers: &mut LayerBuffers,
         out: &mut [f32],
     ) {
+        self.attention_mix_at(input, &mut Places::Sequence { kv, start }, rope, buffers, out);
+    }
+
+    /// [`Self::attention_mix`] of tokens that stand at `places`.
+    pub(crate) fn attention_mix_at(
+        &self,
+        input: &[f32],
+        places: &mut Places<'_>,
+        rope: &RopeTable,
+        buffers: &mut LayerBuffers,
+        out: &mut [f32],
+    ) {
         let (q_size, kv_size) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let tokens = out.len() / q_size;
         let q = sized(&mut buffers.q, tokens * q_size);
         let k = sized(&mut buffers.k, tokens * kv_size);
         let v = sized(&mut buffers.v, tokens * kv_size);
-        let linears = [&self.q, &self.k, &self.v];
-        let input = buffers.input.quantize(self.sites.at(Site::AttnInput), &linears, input);
-        self.q.forward_site(&input, q);
-        self.k.forward_site(&input, k);
-        self.v.forward_site(&input, v);
+        let (site, linears) = (self.sites.at(Site::AttnInput), [&self.q, &self.k, &self.v]);
+        buffers.input.project(site, linears, input, [&mut *q, &mut *k, &mut *v]);
         let heads = q.chunks_exact_mut(q_size).zip(k.chunks_exact_mut(kv_size));
         for (t, (q, k)) in heads.enumerate() {
             if let Some((q_norm, k_norm)) = &self.qk_norm {
@@ -283,25 +223,45 @@ impl DecoderLayer {
                 let heads = k.chunks_exact_mut(self.head_dim);
                 heads.for_each(|h| anybit_kernels::norm::rms_norm_row(h, k_norm, self.eps));
             }
-            rope.rotate(q, start + t);
-            rope.rotate(k, start + t);
+            rope.rotate(q, places.position(t));
+            rope.rotate(k, places.position(t));
         }
         self.transform(Site::Query, q);
         self.transform(Site::Key, k);
-        kv.prepare(&self.sites);
+        places.prepare(&self.sites);
         for (t, (k, v)) in k.chunks_exact(kv_size).zip(v.chunks_exact(kv_size)).enumerate() {
-            kv.store(start + t, k, v);
+            let position = places.position(t);
+            places.cache_mut(t).store(position, k, v);
         }
-        let shape = AttentionShape {
+        self.attend(places, q, out);
+        self.transform(Site::AttnOutput, out);
+    }
+
+    /// Attention of queries `q` over what the caches hold, their own tokens included.
+    fn attend(&self, places: &Places<'_>, q: &[f32], out: &mut [f32]) {
+        let shape = |capacity: usize, start: usize| AttentionShape {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            capacity: kv.capacity,
+            capacity,
             start,
             window: self.window,
         };
-        attention(q, &kv.keys, &kv.values, shape, out);
-        self.transform(Site::AttnOutput, out);
+        let q_size = self.heads * self.head_dim;
+        let tokens = out.len() / q_size;
+        if let Places::Sequence { kv, start } = places
+            && tokens != 1
+        {
+            let shape = shape(kv.capacity, *start);
+            return attention(q, &kv.keys, &kv.values, shape, out);
+        }
+        let query = |t: usize| {
+            let kv = places.cache(t);
+            let q = &q[t * q_size..(t + 1) * q_size];
+            let shape = shape(kv.capacity, places.position(t));
+            Query { q, keys: &kv.keys, values: &kv.values, shape }
+        };
+        attention_decode(tokens, query, out);
     }
 
     /// Adds the attention output to the residual stream.
@@ -318,10 +278,8 @@ impl DecoderLayer {
     /// `silu(gate(b)) · up(b)`, transformed: `[tokens, hidden]` to `[tokens, intermediate]`.
     pub fn mlp_mix(&self, input: &[f32], buffers: &mut LayerBuffers, out: &mut [f32]) {
         let up = sized(&mut buffers.up, out.len());
-        let linears = [&self.gate, &self.up];
-        let input = buffers.input.quantize(self.sites.at(Site::MlpInput), &linears, input);
-        self.gate.forward_site(&input, out);
-        self.up.forward_site(&input, up);
+        let site = self.sites.at(Site::MlpInput);
+        buffers.input.project(site, [&self.gate, &self.up], input, [&mut *out, &mut *up]);
         swiglu(out, up);
         self.transform(Site::DownInput, out);
     }
@@ -340,7 +298,7 @@ impl DecoderLayer {
         x: &mut [f32],
     ) {
         let out = sized(&mut buffers.out, x.len());
-        linear.forward_site(&buffers.input.quantize(self.sites.at(site), &[linear], input), out);
+        buffers.input.project(self.sites.at(site), [linear], input, [&mut *out]);
         x.iter_mut().zip(out).for_each(|(x, o)| *x += *o);
     }
 }

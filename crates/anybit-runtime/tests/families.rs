@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anybit_io::Checkpoint;
-use anybit_runtime::{Decoder, Session};
+use anybit_runtime::{Buffers, Decoder, Session};
 use serde_json::Value;
 
 /// Largest difference that is allowed (the issue asks for 2e-3).
@@ -40,7 +40,7 @@ fn check(name: &str) {
     let mut session = Session::new(&decoder, tokens.len());
     let hidden = session.hidden(&tokens).unwrap().to_vec();
     let mut logits = vec![0.0; tokens.len() * vocab];
-    decoder.logits(&hidden, &mut logits);
+    decoder.logits(&hidden, &mut Buffers::default(), &mut logits);
     let difference = largest_difference(&logits, &want);
     assert!(difference < TOLERANCE, "{name}: prefill differs by {difference}");
 

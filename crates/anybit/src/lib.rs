@@ -21,6 +21,7 @@ pub use anybit_ptq as ptq;
 pub use anybit_runtime as runtime;
 
 pub mod attribute;
+pub mod bench;
 pub mod demo;
 pub mod error;
 pub mod frontier;
@@ -28,6 +29,7 @@ pub mod machine;
 pub mod measure;
 pub mod quantize;
 pub mod stages;
+pub mod stream;
 pub mod train;
 
 pub use error::{Error, Result};

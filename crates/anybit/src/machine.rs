@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
-use rayon::prelude::*;
 use serde::Serialize;
+
+use crate::stream;
 
 /// What `anybit doctor` prints.
 #[derive(Debug, Clone, Serialize)]
@@ -33,7 +34,7 @@ impl Machine {
             threads: rayon::current_num_threads(),
             ram_bytes: proc_value("/proc/meminfo", "MemTotal:"),
             ram_available_bytes: proc_value("/proc/meminfo", "MemAvailable:"),
-            read_bytes_per_s: read_bandwidth(),
+            read_bytes_per_s: stream::read_bytes_per_s(rayon::current_num_threads()),
             gemm_flops: gemm_flops(),
         }
     }
@@ -65,21 +66,6 @@ pub fn isa() -> Vec<&'static str> {
     #[cfg(target_arch = "aarch64")]
     found.push("neon");
     found
-}
-
-/// Reads 256 MiB, larger than any cache, best of five passes.
-fn read_bandwidth() -> f64 {
-    let data = vec![1u64; (256 << 20) / 8];
-    let pass = || {
-        let started = Instant::now();
-        let sum: u64 = data
-            .par_chunks(1 << 16)
-            .map(|c| c.iter().fold(0u64, |a, v| a.wrapping_add(*v)))
-            .reduce(|| 0, u64::wrapping_add);
-        std::hint::black_box(sum);
-        (data.len() * 8) as f64 / started.elapsed().as_secs_f64()
-    };
-    (0..5).map(|_| pass()).fold(0.0, f64::max)
 }
 
 /// A product of the shape of a prefill, best of five.

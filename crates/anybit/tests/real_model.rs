@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anybit::io::convert::{FolderOptions, to_folder};
 use anybit::io::{Checkpoint, Dtype};
-use anybit::runtime::{Decoder, Session};
+use anybit::runtime::{Buffers, Decoder, Session};
 use serde_json::Value;
 
 fn path(variable: &str) -> PathBuf {
@@ -31,7 +31,7 @@ fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
     let mut session = Session::new(&decoder, tokens.len());
     let hidden = session.hidden(tokens).unwrap().to_vec();
     let mut logits = vec![0.0; tokens.len() * decoder.config.vocab_size];
-    decoder.logits(&hidden, &mut logits);
+    decoder.logits(&hidden, &mut Buffers::default(), &mut logits);
     logits
 }
 

@@ -8,6 +8,7 @@ use anybit::io::tokenizer::chat::Message;
 use anybit::runtime::{Decoder, GenerateOptions, SamplerOptions, Session, generate};
 use anybit::{Error, Result};
 
+use super::KvType;
 use super::output::{Terminal, write_json};
 
 /// Generate text with a model, as it comes.
@@ -43,6 +44,10 @@ pub struct Args {
     /// Longest context, prompt included; the model's own by default.
     #[arg(long)]
     ctx: Option<usize>,
+
+    /// How keys and values are cached where the model does not say it.
+    #[arg(long, value_enum, default_value_t = KvType::F16)]
+    kv_type: KvType,
 
     /// Logits are divided by this; 0 always takes the most probable token.
     #[arg(long, default_value_t = 0.0)]
@@ -110,7 +115,7 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     let needed = tokens.len().saturating_add(args.max_tokens);
     let context = args.ctx.unwrap_or(checkpoint.config.max_positions).min(needed.max(1));
     let decoder = Decoder::load(&checkpoint, context)?;
-    let mut session = Session::new(&decoder, context);
+    let mut session = Session::with_cache(&decoder, context, args.kv_type.into());
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         sampler: SamplerOptions {

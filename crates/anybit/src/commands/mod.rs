@@ -1,6 +1,7 @@
 //! The command line: one file per command.
 
 mod attribute;
+mod bench;
 mod bench_train;
 mod completions;
 mod convert;
@@ -50,6 +51,7 @@ enum Command {
     Eval(eval::Args),
     Attribute(attribute::Args),
     Generate(generate::Args),
+    Bench(bench::Args),
     Convert(convert::Args),
     Inspect(inspect::Args),
     Verify(verify::Args),
@@ -62,8 +64,25 @@ enum Command {
     Completions(completions::Args),
 }
 
+/// How keys and values without a quantizer are cached.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum KvType {
+    F16,
+    F32,
+}
+
+impl From<KvType> for anybit::runtime::PlainType {
+    fn from(kv: KvType) -> Self {
+        match kv {
+            KvType::F16 => Self::F16,
+            KvType::F32 => Self::F32,
+        }
+    }
+}
+
 /// Runs a parsed command line.
 pub fn run(cli: Cli) -> Result<()> {
+    anybit_kernels::isa::requested().map_err(anybit::Error::Usage)?;
     if let Some(threads) = cli.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
         // The pool was not used yet, so this cannot fail.
@@ -77,6 +96,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Eval(args) => eval::run(args, &terminal),
         Command::Attribute(args) => attribute::run(args, &terminal),
         Command::Generate(args) => generate::run(args, &terminal),
+        Command::Bench(args) => bench::run(args, &terminal),
         Command::Convert(args) => convert::run(args, &terminal),
         Command::Inspect(args) => inspect::run(args, &terminal),
         Command::Verify(args) => verify::run(args, &terminal),

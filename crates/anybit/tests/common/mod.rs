@@ -14,7 +14,7 @@ use std::process::{Command, Output};
 
 use anybit::core::rng::SplitMix64;
 use anybit::io::{Checkpoint, ModelConfig, synth};
-use anybit::runtime::{Decoder, Session};
+use anybit::runtime::{Buffers, Decoder, Session};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 
@@ -273,7 +273,7 @@ pub fn logits(decoder: &Decoder, tokens: &[u32]) -> Vec<f32> {
     let mut session = Session::new(decoder, tokens.len());
     let hidden = session.hidden(tokens).unwrap().to_vec();
     let mut all = vec![0.0; tokens.len() * vocab];
-    decoder.logits(&hidden, &mut all);
+    decoder.logits(&hidden, &mut Buffers::default(), &mut all);
     session.clear();
     for token in tokens {
         all.extend_from_slice(session.step(&[*token]).unwrap());

@@ -1,9 +1,14 @@
-//! Causal attention with grouped keys over a cache, blocked over queries.
+//! Causal attention with grouped keys over a cache: of many queries in blocks, of one in
+//! [`attend_one`].
+
+mod decode;
 
 use anybit_core::linalg::{View, matmul, matmul_into};
 use rayon::prelude::*;
 
 use crate::{DisjointMut, KvRows, softmax, with_scratch};
+
+pub use decode::{Query, attend_one, attention_decode};
 
 /// Queries of one task.
 const QUERIES: usize = 64;
@@ -28,7 +33,7 @@ pub struct AttentionShape {
 /// Computes `softmax(q kᵀ / √d) v` for every query and head.
 ///
 /// `q` and `out` are `[queries, heads · head_dim]`; `keys` and `values` are
-/// `[kv_heads, capacity, head_dim]`; packed ones are decoded as they are needed.
+/// `[kv_heads, capacity, head_dim]`; those not in f32 are decoded as they are needed.
 pub fn attention(
     q: &[f32],
     keys: &KvRows,
@@ -52,7 +57,7 @@ pub fn attention(
         let span = end - begin;
         let cache = head / (heads / kv_heads) * capacity;
         let rows = cache + begin..cache + end;
-        let decoded = |rows: &KvRows| if rows.is_packed() { span * head_dim } else { 0 };
+        let decoded = |rows: &KvRows| if rows.decodes() { span * head_dim } else { 0 };
         let (key_len, value_len) = (decoded(keys), decoded(values));
         with_scratch(count * span + key_len + value_len, |scratch| {
             let (scores, scratch) = scratch.split_at_mut(count * span);
@@ -85,7 +90,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// The scalar twin.
-    fn naive(q: &[f32], k: &[f32], v: &[f32], s: AttentionShape) -> Vec<f32> {
+    pub(super) fn naive(q: &[f32], k: &[f32], v: &[f32], s: AttentionShape) -> Vec<f32> {
         let stride = s.heads * s.head_dim;
         let mut out = vec![0f32; q.len()];
         for t in 0..q.len() / stride {
@@ -133,5 +138,37 @@ mod tests {
                 prop_assert!((a - b).abs() < 2e-5, "{a} {b}");
             }
         }
+    }
+
+    /// Rows in f16 give what f32 rows of their values give, bit for bit.
+    #[test]
+    fn half_rows_are_their_values() {
+        let shape = AttentionShape {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 20,
+            capacity: 90,
+            start: 7,
+            window: Some(33),
+        };
+        let mut rng = SplitMix64::new(3);
+        let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
+        let q = normals(80 * shape.heads * shape.head_dim);
+        let count = shape.kv_heads * shape.capacity;
+        let mut stored = || {
+            let mut half = KvRows::new(count, shape.head_dim, None, crate::kv::PlainType::F16);
+            for row in 0..count {
+                half.store(row, &normals(shape.head_dim));
+            }
+            let mut scratch = vec![0.0; count * shape.head_dim];
+            let plain = half.read(0..count, shape.head_dim, &mut scratch).to_vec();
+            (half, KvRows::Plain(plain))
+        };
+        let (keys, plain_keys) = stored();
+        let (values, plain_values) = stored();
+        let (mut half, mut plain) = (vec![0.0; q.len()], vec![0.0; q.len()]);
+        attention(&q, &keys, &values, shape, &mut half);
+        attention(&q, &plain_keys, &plain_values, shape, &mut plain);
+        assert_eq!(half, plain);
     }
 }

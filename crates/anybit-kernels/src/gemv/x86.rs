@@ -1,0 +1,469 @@
+//! Products of packed rows with AVX2, and with AVX-512 VNNI on 256-bit vectors, which adds the
+//! products of pairs to the sums in the same instruction.
+
+use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
+
+use super::operand::{LANES, Operand, RUN};
+use super::plane::{BLOCK, Grouping, MOST_PARTS, Scales, TiledPlane, Values};
+use super::scalar::unit;
+
+/// One row, and `T` tokens of an operand.
+pub(super) struct Call<'a, const T: usize> {
+    pub plane: &'a TiledPlane,
+    pub row: usize,
+    pub x: &'a Operand,
+    /// What sums start from, as [`super::initial`] makes it.
+    pub initial: &'a [i32],
+    pub tokens: [usize; T],
+}
+
+/// Scales are per row, per some blocks, per some halves of blocks.
+const ROW: usize = 0;
+const BLOCKS: usize = 1;
+const HALVES: usize = 2;
+/// Zero points are fixed, stored per group, or there are tables.
+const FIXED: usize = 0;
+const STORED: usize = 1;
+const TABLE: usize = 2;
+
+/// The kernels of one instruction set.
+macro_rules! kernels {
+    ($module:ident, $features:literal, |$sum:ident, $w:ident, $a:ident| $add:expr) => {
+        pub(super) mod $module {
+            use super::*;
+
+            /// Products of a row with `T` tokens.
+            ///
+            /// # Safety
+            /// The machine must have the instructions of this module.
+            #[target_feature(enable = $features)]
+            pub unsafe fn row<const T: usize>(call: &Call<'_, T>) -> [f32; T] {
+                // SAFETY: as of this function; the bits are the plane's.
+                unsafe {
+                    match call.plane.bits {
+                        1 => of_bits::<1, T>(call),
+                        2 => of_bits::<2, T>(call),
+                        3 => of_bits::<3, T>(call),
+                        4 => of_bits::<4, T>(call),
+                        5 => of_bits::<5, T>(call),
+                        6 => of_bits::<6, T>(call),
+                        7 => of_bits::<7, T>(call),
+                        _ => of_bits::<8, T>(call),
+                    }
+                }
+            }
+
+            /// # Safety
+            /// As [`row`], and the plane must have `BITS` bits.
+            #[target_feature(enable = $features)]
+            unsafe fn of_bits<const BITS: usize, const T: usize>(call: &Call<'_, T>) -> [f32; T] {
+                // SAFETY: as of this function.
+                unsafe {
+                    match (&call.plane.values, call.plane.grouping) {
+                        (Values::Fixed { .. }, Grouping::Row) => {
+                            products::<BITS, T, ROW, FIXED>(call)
+                        }
+                        (Values::Fixed { .. }, Grouping::Blocks(_)) => {
+                            products::<BITS, T, BLOCKS, FIXED>(call)
+                        }
+                        (Values::Fixed { .. }, Grouping::Halves(_)) => {
+                            products::<BITS, T, HALVES, FIXED>(call)
+                        }
+                        (Values::Stored { .. }, Grouping::Row) => {
+                            products::<BITS, T, ROW, STORED>(call)
+                        }
+                        (Values::Stored { .. }, Grouping::Blocks(_)) => {
+                            products::<BITS, T, BLOCKS, STORED>(call)
+                        }
+                        (Values::Stored { .. }, Grouping::Halves(_)) => {
+                            products::<BITS, T, HALVES, STORED>(call)
+                        }
+                        (Values::Table(_), Grouping::Row) => products::<BITS, T, ROW, TABLE>(call),
+                        (Values::Table(_), Grouping::Blocks(_)) => {
+                            products::<BITS, T, BLOCKS, TABLE>(call)
+                        }
+                        (Values::Table(_), Grouping::Halves(_)) => {
+                            products::<BITS, T, HALVES, TABLE>(call)
+                        }
+                    }
+                }
+            }
+
+            /// # Safety
+            /// As [`of_bits`], and `GROUP` and `FORM` must be the plane's.
+            // A function of its own for each: registers are allotted within functions.
+            #[inline(never)]
+            #[target_feature(enable = $features)]
+            unsafe fn products<
+                const BITS: usize,
+                const T: usize,
+                const GROUP: usize,
+                const FORM: usize,
+            >(
+                call: &Call<'_, T>,
+            ) -> [f32; T] {
+                let (plane, x) = (call.plane, call.x);
+                let blocks = plane.blocks;
+                let row = &plane.codes[call.row * plane.row_bytes()..][..plane.row_bytes()];
+                let parts = match GROUP {
+                    ROW => x.runs,
+                    BLOCKS => blocks,
+                    _ => 2 * blocks,
+                };
+                let mut lines = [(x.codes.as_ptr(), x.scales.as_ptr(), call.initial.as_ptr()); T];
+                for t in 0..T {
+                    let token = call.tokens[t];
+                    assert!(token < x.tokens, "no such token");
+                    let initial = if FORM == TABLE { 0 } else { token * parts * LANES };
+                    // SAFETY: an operand has these blocks and runs for each of its tokens.
+                    unsafe {
+                        lines[t].0 = lines[t].0.add(token * blocks * BLOCK);
+                        lines[t].1 = lines[t].1.add(token * x.runs);
+                        lines[t].2 = lines[t].2.add(initial);
+                    }
+                }
+                let mut tables: Tables = [[_mm256_setzero_si256(); 2]; 16];
+                if FORM == TABLE {
+                    load_tables::<BITS>(plane, call.row, &mut tables);
+                }
+                let mut spread = MaybeUninit::<Spread>::uninit();
+                // SAFETY: only the parts of a row are read, and they are written here.
+                let spread = unsafe { &mut *spread.as_mut_ptr() };
+                if GROUP != ROW || FORM == STORED {
+                    spread.fill(plane, call.row, parts);
+                }
+                let mut sums = [_mm256_setzero_ps(); T];
+                for run in 0..x.runs {
+                    let mut total = [_mm256_setzero_si256(); T];
+                    let mut scales = [0f32; T];
+                    for t in 0..T {
+                        // SAFETY: a token has a scale for each run; sums start from a vector for
+                        // each part.
+                        unsafe {
+                            scales[t] = *lines[t].1.add(run);
+                            if FORM != TABLE && GROUP == ROW {
+                                let zero = if FORM == STORED { spread.zeros[run] } else { 1 };
+                                total[t] = start::<FORM>(lines[t].2.add(run * LANES), zero);
+                            }
+                        }
+                    }
+                    for block in run * RUN..blocks.min((run + 1) * RUN) {
+                        // SAFETY: a row has `8·BITS` bytes of each block.
+                        let codes = unsafe { unpack::<BITS>(row.as_ptr().add(block * 8 * BITS)) };
+                        for half in 0..2 {
+                            let w = match FORM {
+                                TABLE => lookup::<BITS>(&tables, codes[half]),
+                                _ => widen(codes[half]),
+                            };
+                            let part = if GROUP == HALVES { 2 * block + half } else { block };
+                            let first = GROUP == HALVES || (GROUP == BLOCKS && half == 0);
+                            let last = GROUP == HALVES || (GROUP == BLOCKS && half == 1);
+                            for t in 0..T {
+                                let mut sum = total[t];
+                                if first {
+                                    sum = _mm256_setzero_si256();
+                                    if FORM != TABLE {
+                                        let zero =
+                                            if FORM == STORED { spread.zeros[part] } else { 1 };
+                                        // SAFETY: as above.
+                                        sum = unsafe {
+                                            start::<FORM>(lines[t].2.add(part * LANES), zero)
+                                        };
+                                    }
+                                }
+                                for i in 0..2 {
+                                    let at = block * BLOCK + half * 32 + 16 * i;
+                                    // SAFETY: a token has 64 codes of each block.
+                                    let ($a, $w, $sum) =
+                                        unsafe { (load(lines[t].0.add(at)), w[i], sum) };
+                                    sum = $add;
+                                }
+                                total[t] = sum;
+                                if last {
+                                    let scale = _mm256_set1_ps(scales[t] * spread.scales[part]);
+                                    let sum = _mm256_cvtepi32_ps(sum);
+                                    sums[t] = _mm256_fmadd_ps(sum, scale, sums[t]);
+                                }
+                            }
+                        }
+                    }
+                    if GROUP == ROW {
+                        for t in 0..T {
+                            let (sum, scale) =
+                                (_mm256_cvtepi32_ps(total[t]), _mm256_set1_ps(scales[t]));
+                            sums[t] = _mm256_fmadd_ps(sum, scale, sums[t]);
+                        }
+                    }
+                }
+                let mut factor = unit(plane, call.row);
+                if GROUP == ROW {
+                    factor *= plane.scale(call.row, 0);
+                }
+                let mut out = [0f32; T];
+                for t in 0..T {
+                    out[t] = add_lanes(sums[t]) * factor;
+                }
+                out
+            }
+        }
+    };
+}
+
+kernels!(avx2, "avx2,fma,f16c", |sum, w, a| _mm256_add_epi32(sum, _mm256_madd_epi16(w, a)));
+kernels!(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", |sum, w, a| {
+    _mm256_dpwssd_epi32(sum, w, a)
+});
+
+/// Scales and `−2z` of a row's groups, spread over its blocks or halves of blocks; written before
+/// they are read, as far as a row needs.
+struct Spread {
+    scales: [f32; MOST_PARTS],
+    zeros: [i32; MOST_PARTS],
+    groups: [f32; MOST_PARTS],
+}
+
+impl Spread {
+    #[inline(never)]
+    #[target_feature(enable = "avx2,f16c")]
+    fn fill(&mut self, plane: &TiledPlane, row: usize, parts: usize) {
+        let count = plane.groups;
+        let len = match plane.grouping {
+            Grouping::Row => parts,
+            Grouping::Blocks(n) | Grouping::Halves(n) => n,
+        };
+        let own = row * count..(row + 1) * count;
+        let groups = if len == 1 { &mut self.scales } else { &mut self.groups };
+        match &plane.scales {
+            Scales::Half(scales) => widen_halves(&scales[own.clone()], &mut groups[..count]),
+            Scales::Single(scales) => groups[..count].copy_from_slice(&scales[own.clone()]),
+            Scales::One => groups[..count].fill(1.0),
+        }
+        // Behind the last group only padding follows, whatever its scale.
+        match len {
+            1 => self.scales[count..parts.max(count)].fill(0.0),
+            _ => spread(&self.groups[..count], len, &mut self.scales[..parts], |scale| scale),
+        }
+        if let Values::Stored { zeros } = &plane.values {
+            spread(&zeros[own], len, &mut self.zeros[..parts], |zero| -2 * zero as i32);
+        }
+    }
+}
+
+/// Gives each group's value to its `len` parts, the last one's to what remains.
+#[inline(always)]
+fn spread<A: Copy, B: Copy>(groups: &[A], len: usize, parts: &mut [B], value: impl Fn(A) -> B) {
+    let last = groups.len() - 1;
+    for (group, parts) in parts.chunks_mut(len).enumerate() {
+        parts.fill(value(groups[group.min(last)]));
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn widen_halves(halves: &[half::f16], out: &mut [f32]) {
+    let (halves, rest) = halves.as_chunks::<8>();
+    let (eights, out) = out.as_chunks_mut::<8>();
+    for (halves, out) in halves.iter().zip(eights) {
+        // SAFETY: eight halves are there, and room for eight numbers.
+        unsafe {
+            let eight = _mm_loadu_si128(halves.as_ptr().cast());
+            _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(eight));
+        }
+    }
+    for (half, out) in rest.iter().zip(out) {
+        *out = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half.to_bits() as i32)));
+    }
+}
+
+/// What a sum starts from: the vector there, times `zero` where zero points are stored.
+///
+/// # Safety
+/// 32 bytes must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn start<const FORM: usize>(at: *const i32, zero: i32) -> __m256i {
+    // SAFETY: by the caller's contract.
+    let sum = unsafe { load(at) };
+    if FORM == STORED { _mm256_mullo_epi32(sum, _mm256_set1_epi32(zero)) } else { sum }
+}
+
+/// # Safety
+/// 32 bytes must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load<V>(at: *const V) -> __m256i {
+    // SAFETY: by the caller's contract.
+    unsafe { _mm256_loadu_si256(at.cast()) }
+}
+
+/// The bytes `E₀` and `E₁` of a block.
+///
+/// # Safety
+/// `8·BITS` bytes must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn unpack<const BITS: usize>(at: *const u8) -> [__m256i; 2] {
+    // SAFETY: the slices of a block take `8·BITS` bytes together.
+    unsafe {
+        match BITS {
+            1 => one(eight(at)),
+            2 => two(sixteen(at)),
+            3 => join::<2>(two(sixteen(at)), one(eight(at.add(16)))),
+            4 => four(load(at)),
+            5 => join::<4>(four(load(at)), one(eight(at.add(32)))),
+            6 => join::<4>(four(load(at)), two(sixteen(at.add(32)))),
+            7 => {
+                let upper = join::<2>(two(sixteen(at.add(32))), one(eight(at.add(48))));
+                join::<4>(four(load(at)), upper)
+            }
+            _ => [load(at), load(at.add(32))],
+        }
+    }
+}
+
+/// Sixteen bytes, in either lane.
+///
+/// # Safety
+/// They must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn sixteen(at: *const u8) -> __m256i {
+    // SAFETY: by the caller's contract.
+    unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(at.cast())) }
+}
+
+/// Eight bytes, in each quarter.
+///
+/// # Safety
+/// They must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn eight(at: *const u8) -> __m256i {
+    // SAFETY: by the caller's contract.
+    unsafe { _mm256_set1_epi64x(at.cast::<i64>().read_unaligned()) }
+}
+
+/// Lower slices, and upper ones shifted by `SHIFT` bits, which stay in their bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn join<const SHIFT: i32>(lower: [__m256i; 2], upper: [__m256i; 2]) -> [__m256i; 2] {
+    [
+        _mm256_or_si256(lower[0], _mm256_slli_epi16::<SHIFT>(upper[0])),
+        _mm256_or_si256(lower[1], _mm256_slli_epi16::<SHIFT>(upper[1])),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn four(v: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(15);
+    [_mm256_and_si256(v, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask)]
+}
+
+/// Of sixteen bytes in either lane.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn two(v: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(3);
+    let low = _mm256_srlv_epi64(v, _mm256_setr_epi64x(0, 0, 2, 2));
+    let high = _mm256_srlv_epi64(v, _mm256_setr_epi64x(4, 4, 6, 6));
+    [_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)]
+}
+
+/// Of eight bytes in each quarter.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn one(v: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(1);
+    let low = _mm256_srlv_epi64(v, _mm256_setr_epi64x(0, 1, 2, 3));
+    let high = _mm256_srlv_epi64(v, _mm256_setr_epi64x(4, 5, 6, 7));
+    [_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)]
+}
+
+/// Codes as 16-bit numbers, in the order of columns.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(codes: __m256i) -> [__m256i; 2] {
+    let zero = _mm256_setzero_si256();
+    [_mm256_unpacklo_epi8(codes, zero), _mm256_unpackhi_epi8(codes, zero)]
+}
+
+/// Low and high bytes of a table's centroids, sixteen entries a vector, twice in each.
+type Tables = [[__m256i; 2]; 16];
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_tables<const BITS: usize>(plane: &TiledPlane, row: usize, tables: &mut Tables) {
+    let Values::Table(table) = &plane.values else { return };
+    let entries = 1usize << BITS;
+    let own = &table.split[plane.table_of(table, row) * 2 * entries..][..2 * entries];
+    for part in 0..entries.div_ceil(16) {
+        for side in 0..2 {
+            let count = entries.min(16);
+            let mut sixteen = [0u8; 16];
+            let first = side * entries + part * 16;
+            sixteen[..count].copy_from_slice(&own[first..first + count]);
+            // SAFETY: sixteen bytes are there.
+            let lane = unsafe { _mm_loadu_si128(sixteen.as_ptr().cast()) };
+            tables[part][side] = _mm256_broadcastsi128_si256(lane);
+        }
+    }
+}
+
+/// Centroids of codes, in the order of columns.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn lookup<const BITS: usize>(tables: &Tables, codes: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(15);
+    let index = if BITS > 4 { _mm256_and_si256(codes, mask) } else { codes };
+    let mut low = _mm256_shuffle_epi8(tables[0][0], index);
+    let mut high = _mm256_shuffle_epi8(tables[0][1], index);
+    if BITS > 4 {
+        let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask);
+        for part in 1..1usize << (BITS - 4) {
+            let here = _mm256_cmpeq_epi8(upper, _mm256_set1_epi8(part as i8));
+            let found = _mm256_shuffle_epi8(tables[part][0], index);
+            low = _mm256_blendv_epi8(low, found, here);
+            let found = _mm256_shuffle_epi8(tables[part][1], index);
+            high = _mm256_blendv_epi8(high, found, here);
+        }
+    }
+    [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_lanes(sum: __m256) -> f32 {
+    let halves = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
+    let pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
+    _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)))
+}
+
+/// The codes of a block, in the order of columns.
+///
+/// # Safety
+/// The machine must have AVX2.
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn unpack_codes(bytes: &[u8], bits: u8, codes: &mut [u8; BLOCK]) {
+    assert!(bytes.len() >= 8 * bits as usize, "a block is cut");
+    let at = bytes.as_ptr();
+    // SAFETY: the block has its bytes.
+    let halves = unsafe {
+        match bits {
+            1 => unpack::<1>(at),
+            2 => unpack::<2>(at),
+            3 => unpack::<3>(at),
+            4 => unpack::<4>(at),
+            5 => unpack::<5>(at),
+            6 => unpack::<6>(at),
+            7 => unpack::<7>(at),
+            _ => unpack::<8>(at),
+        }
+    };
+    for (half, codes) in halves.into_iter().zip(codes.as_chunks_mut::<32>().0) {
+        let ordered = _mm256_permute4x64_epi64::<0b11_01_10_00>(half);
+        // SAFETY: a half has 32 bytes.
+        unsafe { _mm256_storeu_si256(codes.as_mut_ptr().cast(), ordered) };
+    }
+}

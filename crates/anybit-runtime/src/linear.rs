@@ -1,0 +1,191 @@
+//! Linears of a layer, and how their shared input reaches them.
+//!
+//! Of few tokens, products come straight from packed codes ([`anybit_kernels::gemv`]); of many,
+//! quantized inputs multiply in integers with affine weights, and everything else goes through
+//! GEMM on decoded rows. A quantizer stands directly before the linears of its site, so what they
+//! share is quantized once.
+
+use std::sync::Arc;
+
+use anybit_core::{RowSource, SiteState};
+use anybit_io::{Checkpoint, Weight};
+use anybit_kernels::gemv::{Input, Product, Scratch, gemv};
+use anybit_kernels::{
+    IntegerWeight, PackedWeight, QuantizedRows, fake_rows, linear, quantize_rows,
+};
+
+use crate::Result;
+
+/// Up to this many tokens, taking codes apart for each group of tokens is cheaper than decoding
+/// rows for GEMM.
+pub const FEW_TOKENS: usize = 32;
+
+/// `y = x Wᵀ + b` with a weight in any storage.
+#[derive(Clone)]
+pub struct Linear {
+    /// The weight, `[out, in]`.
+    pub weight: Arc<dyn RowSource>,
+    /// The bias, `[out]`.
+    pub bias: Option<Vec<f32>>,
+    /// The weight in kernel order, where it is packed in groups that kernels know.
+    packed: Option<Arc<PackedWeight>>,
+    /// The weight for products with quantized inputs, where it is packed on affine grids.
+    integer: Option<Arc<IntegerWeight>>,
+}
+
+impl Linear {
+    /// Loads `NAME.weight` and, when the architecture has one, `NAME.bias`.
+    ///
+    /// # Errors
+    /// What the checkpoint reports.
+    pub fn load(checkpoint: &Checkpoint, name: &str, bias: bool) -> Result<Self> {
+        Self::load_at(checkpoint, name, bias, &SiteState::default())
+    }
+
+    /// [`Self::load`] behind a site: with a quantizer there, packed weights multiply in integers.
+    pub(crate) fn load_at(
+        checkpoint: &Checkpoint,
+        name: &str,
+        bias: bool,
+        site: &SiteState,
+    ) -> Result<Self> {
+        let weight = checkpoint.weight(&format!("{name}.weight"))?;
+        let integer = match (&weight, &site.quantizer) {
+            (Weight::Quantized(matrix), Some(quantizer)) => {
+                IntegerWeight::new(matrix, &quantizer.widths()).map(Arc::new)
+            }
+            _ => None,
+        };
+        let bias = bias.then(|| checkpoint.vector(&format!("{name}.bias"))).transpose()?;
+        Ok(Self { bias, integer, ..Self::of(weight) })
+    }
+
+    /// A linear of a checkpoint's weight, without bias.
+    pub(crate) fn of(weight: Weight) -> Self {
+        let packed = match &weight {
+            Weight::Quantized(matrix) => PackedWeight::new(matrix).map(Arc::new),
+            Weight::Stored(_) => None,
+        };
+        let weight: Arc<dyn RowSource> = match &packed {
+            Some(packed) => packed.clone(),
+            None => Arc::new(weight),
+        };
+        Self { weight, bias: None, packed, integer: None }
+    }
+
+    /// A linear of these parts.
+    pub fn new(weight: Arc<dyn RowSource>, bias: Option<Vec<f32>>) -> Self {
+        Self { weight, bias, packed: None, integer: None }
+    }
+
+    /// Puts another weight of the same shape in place.
+    pub fn set_weight(&mut self, weight: Arc<dyn RowSource>) {
+        *self = Self::new(weight, self.bias.take());
+    }
+
+    /// Whether products with quantized inputs are taken in integers.
+    pub fn is_integer(&self) -> bool {
+        self.integer.is_some()
+    }
+
+    /// Takes products with the values that codes stand for, in f32, from here on.
+    pub fn without_integers(&mut self) {
+        (self.integer, self.packed) = (None, None);
+    }
+
+    /// Bytes that a product with one token reads.
+    pub fn pass_bytes(&self) -> usize {
+        match &self.packed {
+            Some(packed) => packed.pass_bytes(),
+            None => self.weight.stored_bytes(),
+        }
+    }
+
+    /// Applies it to `x`, `[tokens, in]`.
+    pub fn forward(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) {
+        forward_values([self], x, scratch, [y]);
+    }
+
+    /// Rows of the weight.
+    pub fn out_size(&self) -> usize {
+        self.weight.shape().0
+    }
+}
+
+/// A site's input as its linears take it; grown once.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct InputBuffers {
+    values: Vec<f32>,
+    codes: QuantizedRows,
+    pub(crate) scratch: Scratch,
+}
+
+impl InputBuffers {
+    /// Applies the linears of a site to `x`, which goes through the site's quantizer first.
+    pub(crate) fn project<const N: usize>(
+        &mut self,
+        site: &SiteState,
+        linears: [&Linear; N],
+        x: &[f32],
+        outputs: [&mut [f32]; N],
+    ) {
+        let Some(quantizer) = &site.quantizer else {
+            return forward_values(linears, x, &mut self.scratch, outputs);
+        };
+        let few = x.len() <= FEW_TOKENS * quantizer.cols();
+        let packed = linears.map(|l| l.packed.as_deref());
+        if few && packed.iter().all(|p| p.is_some_and(|p| p.takes_codes(&quantizer.widths()))) {
+            quantize_rows(quantizer, x, &mut self.codes);
+            return products(linears, Input::Codes(&self.codes), &mut self.scratch, outputs);
+        }
+        if linears.iter().all(|l| l.integer.is_some()) {
+            quantize_rows(quantizer, x, &mut self.codes);
+            for (linear, y) in linears.into_iter().zip(outputs) {
+                let integer = linear.integer.as_ref().expect("seen above");
+                integer.forward(&self.codes, linear.bias.as_deref(), y);
+            }
+            return;
+        }
+        if self.values.len() < x.len() {
+            self.values.resize(x.len(), 0.0);
+        }
+        let values = &mut self.values[..x.len()];
+        values.copy_from_slice(x);
+        fake_rows(quantizer, values);
+        forward_values(linears, values, &mut self.scratch, outputs);
+    }
+}
+
+fn forward_values<const N: usize>(
+    linears: [&Linear; N],
+    x: &[f32],
+    scratch: &mut Scratch,
+    outputs: [&mut [f32]; N],
+) {
+    let few = x.len() <= FEW_TOKENS * linears[0].weight.shape().1;
+    if few && linears.iter().all(|l| l.packed.is_some()) {
+        return products(linears, Input::Values(x), scratch, outputs);
+    }
+    for (own, y) in linears.into_iter().zip(outputs) {
+        match &own.packed {
+            Some(_) if few => products([own], Input::Values(x), scratch, [y]),
+            _ => linear(x, &*own.weight, own.bias.as_deref(), y),
+        }
+    }
+}
+
+/// Products from packed codes, in one pass over all weights.
+fn products<const N: usize>(
+    linears: [&Linear; N],
+    input: Input<'_>,
+    scratch: &mut Scratch,
+    outputs: [&mut [f32]; N],
+) {
+    let mut outputs = outputs.into_iter();
+    let mut products = linears.map(|linear| Product {
+        weight: linear.packed.as_ref().expect("the caller has looked"),
+        bias: linear.bias.as_deref(),
+        y: outputs.next().expect("an output for each linear"),
+    });
+    gemv(input, &mut products, scratch);
+}
