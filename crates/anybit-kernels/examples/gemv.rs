@@ -49,12 +49,14 @@ fn main() {
         )
         .chain([("uniform 4, 32".to_string(), uniform(4, Some(32)))])
         .chain((1..=8).map(|bits| (format!("codebook {bits}"), GridSpec::Codebook { bits })));
-    for (name, grid) in grids {
+    let want = std::env::var("GRID").unwrap_or_default();
+    let reps: usize = std::env::var("REPS").ok().and_then(|r| r.parse().ok()).unwrap_or(9);
+    for (name, grid) in grids.filter(|g| g.0.contains(&want)) {
         let mut plane = Plane::empty(grid, rows, cols).expect("a grid");
         plane.codes.iter_mut().for_each(|word| *word = rng.next_u64() as u32);
         plane.scales.iter_mut().for_each(|s| *s = half::f16::from_f64(rng.normal()));
         let weight = PackedWeight::new(&QuantizedMatrix::single(plane)).expect("a known grouping");
-        let mut times: Vec<f64> = (0..9)
+        let mut times: Vec<f64> = (0..reps)
             .map(|_| {
                 let mut products = [Product { weight: &weight, bias: None, y: &mut y }];
                 let started = Instant::now();
@@ -63,7 +65,7 @@ fn main() {
             })
             .collect();
         times.sort_by(f64::total_cmp);
-        let (bytes, seconds) = (weight.pass_bytes() as f64, times[4]);
+        let (bytes, seconds) = (weight.pass_bytes() as f64, times[reps / 2]);
         println!(
             "{name:<22} {:>8.1} {:>10.0} {:>8.2} {:>7.0}%",
             bytes / 1e6,

@@ -9,6 +9,7 @@
 //! Rows are independent and sums run in a fixed order: the same input gives the same bits on any
 //! number of threads and in any company of other tokens.
 
+mod lines;
 mod operand;
 mod plane;
 mod scalar;
@@ -24,6 +25,7 @@ use anybit_core::{QuantizedMatrix, RowSource, Sparse};
 use crate::isa::{Isa, isa};
 use crate::pool::SpinPool;
 use crate::{DisjointMut, QuantizedRows};
+use lines::Lines;
 use operand::{LANES, Operand, RUN};
 use plane::{BLOCK, Grouping, TiledPlane, Values};
 
@@ -170,7 +172,7 @@ pub struct Scratch {
     /// Of each product and column group.
     operands: Vec<Operand>,
     /// Of each product's planes: what sums start from.
-    initial: Vec<Vec<i32>>,
+    initial: Vec<Lines<i32>>,
 }
 
 /// Computes `y = x Wᵀ + bias` for all `products`, which share an input, in one parallel region.
@@ -195,7 +197,7 @@ fn gemv_on(
     let operands: usize = products.iter().map(|p| p.weight.column_groups).sum();
     let planes: usize = products.iter().map(|p| p.weight.planes.len()).sum();
     scratch.operands.resize_with(operands.max(scratch.operands.len()), Operand::default);
-    scratch.initial.resize_with(planes.max(scratch.initial.len()), Vec::new);
+    scratch.initial.resize_with(planes.max(scratch.initial.len()), Lines::default);
     prepare(input, products, scratch);
     let tokens = scratch.operands[0].tokens;
     let mut jobs = Jobs { isa, parts: [const { None }; MOST], tokens };
@@ -211,14 +213,8 @@ fn gemv_on(
         *part = Some(Part { weight, bias, y, operands: own, initial: initials });
         (operands, initial) = (rest, others);
     }
-    let total: usize = jobs.parts.iter().flatten().map(|p| p.weight.pass_bytes()).sum();
     let threads = pool.threads();
-    let share = |worker: usize| total * worker / threads;
-    let work = |worker: usize| jobs.run(share(worker)..share(worker + 1), input);
-    match threads {
-        1 => work(0),
-        _ => pool.run(&work),
-    }
+    pool.run(&|worker| jobs.run(worker, threads, input));
 }
 
 /// Most products of one input: queries, keys and values.
@@ -256,8 +252,7 @@ fn prepare(input: Input<'_>, products: &[Product<'_>], scratch: &mut Scratch) {
 /// What the sums of a plane start from: `−2z·Σ a` where zero points are fixed, `Σ a` where they
 /// are stored, nothing for tables; a vector per run, per block where groups are blocks, per half
 /// where they are halves.
-fn initial(plane: &TiledPlane, x: &Operand, out: &mut Vec<i32>) {
-    out.clear();
+fn initial(plane: &TiledPlane, x: &Operand, out: &mut Lines<i32>) {
     let factor = match &plane.values {
         Values::Fixed { doubled_zero } => -doubled_zero,
         Values::Stored { .. } => 1,
@@ -268,13 +263,16 @@ fn initial(plane: &TiledPlane, x: &Operand, out: &mut Vec<i32>) {
         Grouping::Blocks(_) => 2,
         Grouping::Halves(_) => 1,
     };
-    for token in x.sums.chunks_exact(2 * LANES * x.blocks.max(1)) {
-        for part in token.chunks(halves * LANES) {
-            let mut sums = [0; LANES];
-            for half in part.chunks_exact(LANES) {
+    let parts = (2 * x.blocks).div_ceil(halves);
+    out.resize(x.tokens * parts * LANES);
+    let tokens = x.sums.chunks_exact(2 * LANES * x.blocks);
+    for (token, out) in tokens.zip(out.chunks_exact_mut(parts * LANES)) {
+        let parts = token.chunks(halves * LANES).zip(out.as_chunks_mut::<LANES>().0);
+        for (part, sums) in parts {
+            *sums = [0; LANES];
+            for half in part.as_chunks::<LANES>().0 {
                 sums.iter_mut().zip(half).for_each(|(sum, s)| *sum += factor * s);
             }
-            out.extend(sums);
         }
     }
 }
@@ -286,7 +284,7 @@ struct Part<'a> {
     y: DisjointMut,
     operands: &'a [Operand],
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
-    initial: &'a [Vec<i32>],
+    initial: &'a [Lines<i32>],
 }
 
 struct Jobs<'a> {
@@ -296,117 +294,131 @@ struct Jobs<'a> {
 }
 
 impl Jobs<'_> {
-    /// Computes the rows that begin in these bytes of all weights behind each other.
-    fn run(&self, bytes: Range<usize>, input: Input<'_>) {
-        let mut start = 0;
+    /// Computes the share of one of `threads` workers: as many rows of each plane as the others,
+    /// so that all have the same bytes and the same work.
+    fn run(&self, index: usize, threads: usize, input: Input<'_>) {
+        let mut worker = Worker { isa: self.isa, tokens: self.tokens, input, room: Room::new() };
         for part in self.parts.iter().flatten() {
             let weight = part.weight;
             let mut stored = 0;
             for (group, planes) in weight.planes.chunks_exact(weight.column_groups).enumerate() {
                 let rows = planes[0].rows;
-                let total: usize = planes.iter().map(TiledPlane::bytes).sum();
-                // First row at or behind a byte.
-                let row = |byte: usize| {
-                    (byte.saturating_sub(start) * rows).div_ceil(total.max(1)).min(rows)
-                };
-                let own = row(bytes.start)..row(bytes.end);
-                for first in own.clone().step_by(ROWS) {
-                    let rows = first..own.end.min(first + ROWS);
-                    part.rows(self, group, rows, stored, input);
+                let end = rows * (index + 1) / threads;
+                for first in (rows * index / threads..end).step_by(ROWS) {
+                    worker.rows(part, group, first..end.min(first + ROWS), stored);
                 }
-                start += total;
                 stored += rows;
             }
-            start = weight_end(&self.parts, part);
         }
     }
 }
 
-/// Where a part's bytes end among those of all parts.
-fn weight_end(parts: &[Option<Part<'_>>], part: &Part<'_>) -> usize {
-    let mut end = 0;
-    for other in parts.iter().flatten() {
-        end += other.weight.pass_bytes();
-        if std::ptr::eq(other, part) {
-            break;
-        }
+/// Products of a few rows with `T` tokens.
+type Sums<const T: usize> = [[f32; T]; ROWS];
+
+/// What kernels write on while they work.
+#[cfg(target_arch = "x86_64")]
+type Room = x86::Spread;
+/// What kernels write on while they work: scalar ones need nothing.
+#[cfg(not(target_arch = "x86_64"))]
+struct Room;
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Room {
+    fn new() -> Self {
+        Self
     }
-    end
 }
 
-impl Part<'_> {
-    /// Rows `rows` of a row group whose first stored row is `stored`, for all tokens.
-    fn rows(
-        &self,
-        jobs: &Jobs<'_>,
+/// One thread's part of a product.
+struct Worker<'a> {
+    isa: Isa,
+    tokens: usize,
+    input: Input<'a>,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
+    room: Room,
+}
+
+impl Worker<'_> {
+    /// Rows `rows` of a row group whose first stored row is `stored`, for all tokens. A kernel
+    /// takes one token or four: the last are repeated.
+    fn rows(&mut self, part: &Part<'_>, group: usize, rows: Range<usize>, stored: usize) {
+        let mut token = 0;
+        while token < self.tokens {
+            let left = self.tokens - token;
+            if left == 1 {
+                let sums = self.products(part, group, rows.clone(), [token]);
+                self.write(part, &sums, stored + rows.start..stored + rows.end, token, 1);
+            } else {
+                let last = left.min(TOKENS) - 1;
+                let tokens = std::array::from_fn(|t| token + t.min(last));
+                let sums = self.products::<TOKENS>(part, group, rows.clone(), tokens);
+                self.write(part, &sums, stored + rows.start..stored + rows.end, token, last + 1);
+            }
+            token += TOKENS;
+        }
+    }
+
+    /// Products of rows of a row group with tokens, over all column groups.
+    fn products<const T: usize>(
+        &mut self,
+        part: &Part<'_>,
         group: usize,
         rows: Range<usize>,
-        stored: usize,
-        input: Input<'_>,
-    ) {
-        let mut token = 0;
-        while token < jobs.tokens {
-            // A kernel takes one token or four: the last are repeated.
-            let count = match jobs.tokens - token {
-                1 => 1,
-                left => left.min(TOKENS),
-            };
-            for row in rows.clone() {
-                let slot = stored + row;
-                let out = self.weight.logical.as_ref().map_or(slot, |l| l[slot] as usize);
-                let sums = match count {
-                    1 => {
-                        let [sum] = self.products(jobs.isa, group, row, [token]);
-                        [sum, 0.0, 0.0, 0.0]
-                    }
-                    _ => {
-                        let tokens = std::array::from_fn(|t| token + t.min(count - 1));
-                        self.products::<TOKENS>(jobs.isa, group, row, tokens)
-                    }
-                };
-                for (t, sum) in sums[..count].iter().enumerate() {
-                    let mut sum = *sum + self.bias.map_or(0.0, |b| b[out]);
-                    if let Some(sparse) = &self.weight.sparse {
-                        sum += sparse_product(sparse, out, token + t, input, self.weight.cols);
-                    }
-                    // SAFETY: an element of a row that this worker alone has.
-                    unsafe { *self.y.at((token + t) * self.weight.rows + out) = sum };
-                }
-            }
-            token += count;
-        }
-    }
-
-    /// Products of a row of a row group with tokens, over all column groups.
-    fn products<const T: usize>(
-        &self,
-        isa: Isa,
-        group: usize,
-        row: usize,
         tokens: [usize; T],
-    ) -> [f32; T] {
-        let groups = self.weight.column_groups;
-        let mut sums = [0f32; T];
-        for (at, x) in self.operands.iter().enumerate() {
+    ) -> Sums<T> {
+        let groups = part.weight.column_groups;
+        let mut sums = [[0f32; T]; ROWS];
+        for (at, x) in part.operands.iter().enumerate() {
             let index = group * groups + at;
-            let plane = &self.weight.planes[index];
-            let own = match isa {
+            let plane = &part.weight.planes[index];
+            match self.isa {
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 | Isa::Avx512 => {
-                    let call = x86::Call { plane, row, x, initial: &self.initial[index], tokens };
+                    let (rows, initial) = (rows.clone(), &part.initial[index]);
+                    let call = x86::Call { plane, rows, x, initial, tokens };
                     // SAFETY: chosen because the machine has these instructions.
                     unsafe {
-                        match isa {
-                            Isa::Avx512 => x86::avx512::row(&call),
-                            _ => x86::avx2::row(&call),
+                        match self.isa {
+                            Isa::Avx512 => x86::avx512::rows(&call, &mut self.room, &mut sums),
+                            _ => x86::avx2::rows(&call, &mut self.room, &mut sums),
                         }
                     }
                 }
-                _ => tokens.map(|token| scalar::row(plane, row, x, token)),
-            };
-            sums.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
+                _ => {
+                    for (sums, row) in sums.iter_mut().zip(rows.clone()) {
+                        for (sum, token) in sums.iter_mut().zip(tokens) {
+                            *sum += scalar::row(plane, row, x, token);
+                        }
+                    }
+                }
+            }
         }
         sums
+    }
+
+    /// Writes the results of stored rows `rows` and `count` tokens from `token` on.
+    fn write<const T: usize>(
+        &self,
+        part: &Part<'_>,
+        sums: &Sums<T>,
+        rows: Range<usize>,
+        token: usize,
+        count: usize,
+    ) {
+        let weight = part.weight;
+        for (sums, slot) in sums.iter().zip(rows) {
+            let row = weight.logical.as_ref().map_or(slot, |l| l[slot] as usize);
+            let bias = part.bias.map_or(0.0, |b| b[row]);
+            for (t, sum) in sums[..count].iter().enumerate() {
+                let mut sum = *sum + bias;
+                if let Some(sparse) = &weight.sparse {
+                    sum += sparse_product(sparse, row, token + t, self.input, weight.cols);
+                }
+                // SAFETY: an element of a row that this worker alone has.
+                unsafe { *part.y.at((token + t) * weight.rows + row) = sum };
+            }
+        }
     }
 }
 

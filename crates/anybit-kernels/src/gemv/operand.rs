@@ -10,6 +10,7 @@
 //!
 //! and everything in the bracket is an integer for half-integer `z` too.
 
+use super::lines::Lines;
 use super::plane::BLOCK;
 use crate::QuantizedRows;
 
@@ -28,7 +29,7 @@ pub(super) struct Operand {
     /// Runs of a token, the last one shorter.
     pub runs: usize,
     /// `A`, `[tokens, blocks, 64]`; zero behind the last column.
-    pub codes: Vec<i16>,
+    pub codes: Lines<i16>,
     /// What `A·u` = 1 is worth but for the weight's scale, `[tokens, runs]`.
     pub scales: Vec<f32>,
     /// `Σ a` of either half of a block as vector lanes sum it: lane `l` holds the columns `2l`
@@ -40,7 +41,7 @@ impl Operand {
     fn reset(&mut self, tokens: usize, cols: usize) {
         let blocks = cols.div_ceil(BLOCK);
         (self.tokens, self.blocks, self.runs) = (tokens, blocks, blocks.div_ceil(RUN));
-        self.codes.resize(tokens * blocks * BLOCK, 0);
+        self.codes.resize(tokens * blocks * BLOCK);
         self.scales.resize(tokens * self.runs, 0.0);
         self.sums.resize(tokens * blocks * 2 * LANES, 0);
     }

@@ -20,6 +20,8 @@ use anybit_core::{GridSpec, Plane};
 use half::f16;
 use rayon::prelude::*;
 
+use super::lines::Lines;
+
 /// Columns of a block.
 pub(super) const BLOCK: usize = 64;
 /// Largest magnitude of a centroid in 16 bits: sixteen pairs of products with a 15-bit activation,
@@ -86,18 +88,17 @@ pub(super) struct TiledPlane {
     /// Groups of a row.
     pub groups: usize,
     /// `[rows, blocks, 8·bits]`.
-    pub codes: Vec<u8>,
+    pub codes: Lines<u8>,
     pub scales: Scales,
     pub values: Values,
 }
 
-/// Place of column `col` of a half among its bytes: the second and third eight exchanged.
-fn place(col: usize) -> usize {
-    match col / 8 {
-        1 => col + 8,
-        2 => col - 8,
-        _ => col,
-    }
+/// Exchanges the second and third eight of a half.
+fn exchange(half: &[u8; 32]) -> [u8; 32] {
+    let mut out = *half;
+    out[8..16].copy_from_slice(&half[16..24]);
+    out[16..24].copy_from_slice(&half[8..16]);
+    out
 }
 
 /// Slices of codes of `bits` bits: width and place of the lowest bit.
@@ -113,23 +114,34 @@ pub(super) const fn slices(bits: usize) -> [Option<(usize, usize)>; 3] {
 
 /// Packs the 64 codes of a block, in the order of columns, into `8·bits` bytes.
 fn pack_block(codes: &[u8; BLOCK], bits: usize, out: &mut [u8]) {
-    let mut e = [[0u8; 32]; 2];
-    for (half, codes) in e.iter_mut().zip(codes.as_chunks::<32>().0) {
-        for (col, code) in codes.iter().enumerate() {
-            half[place(col)] = *code;
-        }
-    }
+    let halves = codes.as_chunks::<32>().0;
+    let e = [exchange(&halves[0]), exchange(&halves[1])];
     let mut out = out;
     for (width, shift) in slices(bits).into_iter().flatten() {
         let (own, rest) = out.split_at_mut(8 * width);
-        let part = |half: usize, at: usize| (e[half][at] >> shift) & (0xff >> (8 - width)) as u8;
-        for (j, byte) in own.iter_mut().enumerate() {
-            *byte = match width {
-                8 => part(j / 32, j % 32),
-                4 => part(0, j) | part(1, j) << 4,
-                2 => part(0, j) | part(0, 16 + j) << 2 | part(1, j) << 4 | part(1, 16 + j) << 6,
-                _ => (0..8).map(|l| part(l / 4, 8 * (l % 4) + j) << l).sum(),
-            };
+        let mask = (0xffu32 >> (8 - width)) as u8;
+        let part = |half: usize, at: usize| (e[half][at] >> shift) & mask;
+        match width {
+            8 => own.copy_from_slice(e.as_flattened()),
+            4 => {
+                for (j, byte) in own.iter_mut().enumerate() {
+                    *byte = part(0, j) | part(1, j) << 4;
+                }
+            }
+            2 => {
+                for (j, byte) in own.iter_mut().enumerate() {
+                    let low = part(0, j) | part(0, 16 + j) << 2;
+                    *byte = low | part(1, j) << 4 | part(1, 16 + j) << 6;
+                }
+            }
+            _ => {
+                own.fill(0);
+                for l in 0..8 {
+                    for (j, byte) in own.iter_mut().enumerate() {
+                        *byte |= part(l / 4, 8 * (l % 4) + j) << l;
+                    }
+                }
+            }
         }
         out = rest;
     }
@@ -163,9 +175,7 @@ pub(super) fn unpack_block(bytes: &[u8], bits: usize, codes: &mut [u8; BLOCK]) {
         bytes = rest;
     }
     for (half, codes) in e.iter().zip(codes.as_chunks_mut::<32>().0) {
-        for (col, code) in codes.iter_mut().enumerate() {
-            *code = half[place(col)];
-        }
+        *codes = exchange(half);
     }
 }
 
@@ -184,7 +194,7 @@ impl TiledPlane {
         if grouping != Grouping::Row && 2 * blocks > MOST_PARTS {
             return None;
         }
-        let mut codes = vec![0; rows * blocks * 8 * bits as usize];
+        let mut codes = Lines::zeros(rows * blocks * 8 * bits as usize);
         let words = words_per_row(cols, bits);
         let row_bytes = blocks * 8 * bits as usize;
         codes.par_chunks_mut(row_bytes.max(1)).enumerate().for_each(|(row, out)| {

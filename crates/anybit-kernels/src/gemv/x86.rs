@@ -2,16 +2,17 @@
 //! products of pairs to the sums in the same instruction.
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::operand::{LANES, Operand, RUN};
 use super::plane::{BLOCK, Grouping, MOST_PARTS, Scales, TiledPlane, Values};
 use super::scalar::unit;
+use super::{ROWS, Sums};
 
-/// One row, and `T` tokens of an operand.
+/// Some rows, at most [`ROWS`], and `T` tokens of an operand.
 pub(super) struct Call<'a, const T: usize> {
     pub plane: &'a TiledPlane,
-    pub row: usize,
+    pub rows: Range<usize>,
     pub x: &'a Operand,
     /// What sums start from, as [`super::initial`] makes it.
     pub initial: &'a [i32],
@@ -33,58 +34,68 @@ macro_rules! kernels {
         pub(super) mod $module {
             use super::*;
 
-            /// Products of a row with `T` tokens.
+            /// Adds the products of rows with `T` tokens to `out`.
             ///
             /// # Safety
             /// The machine must have the instructions of this module.
             #[target_feature(enable = $features)]
-            pub unsafe fn row<const T: usize>(call: &Call<'_, T>) -> [f32; T] {
+            pub unsafe fn rows<const T: usize>(
+                call: &Call<'_, T>,
+                spread: &mut Spread,
+                out: &mut Sums<T>,
+            ) {
                 // SAFETY: as of this function; the bits are the plane's.
                 unsafe {
                     match call.plane.bits {
-                        1 => of_bits::<1, T>(call),
-                        2 => of_bits::<2, T>(call),
-                        3 => of_bits::<3, T>(call),
-                        4 => of_bits::<4, T>(call),
-                        5 => of_bits::<5, T>(call),
-                        6 => of_bits::<6, T>(call),
-                        7 => of_bits::<7, T>(call),
-                        _ => of_bits::<8, T>(call),
+                        1 => of_bits::<1, T>(call, spread, out),
+                        2 => of_bits::<2, T>(call, spread, out),
+                        3 => of_bits::<3, T>(call, spread, out),
+                        4 => of_bits::<4, T>(call, spread, out),
+                        5 => of_bits::<5, T>(call, spread, out),
+                        6 => of_bits::<6, T>(call, spread, out),
+                        7 => of_bits::<7, T>(call, spread, out),
+                        _ => of_bits::<8, T>(call, spread, out),
                     }
                 }
             }
 
             /// # Safety
-            /// As [`row`], and the plane must have `BITS` bits.
+            /// As [`rows`], and the plane must have `BITS` bits.
             #[target_feature(enable = $features)]
-            unsafe fn of_bits<const BITS: usize, const T: usize>(call: &Call<'_, T>) -> [f32; T] {
+            unsafe fn of_bits<const BITS: usize, const T: usize>(
+                call: &Call<'_, T>,
+                spread: &mut Spread,
+                out: &mut Sums<T>,
+            ) {
                 // SAFETY: as of this function.
                 unsafe {
                     match (&call.plane.values, call.plane.grouping) {
                         (Values::Fixed { .. }, Grouping::Row) => {
-                            products::<BITS, T, ROW, FIXED>(call)
+                            products::<BITS, T, ROW, FIXED>(call, spread, out)
                         }
                         (Values::Fixed { .. }, Grouping::Blocks(_)) => {
-                            products::<BITS, T, BLOCKS, FIXED>(call)
+                            products::<BITS, T, BLOCKS, FIXED>(call, spread, out)
                         }
                         (Values::Fixed { .. }, Grouping::Halves(_)) => {
-                            products::<BITS, T, HALVES, FIXED>(call)
+                            products::<BITS, T, HALVES, FIXED>(call, spread, out)
                         }
                         (Values::Stored { .. }, Grouping::Row) => {
-                            products::<BITS, T, ROW, STORED>(call)
+                            products::<BITS, T, ROW, STORED>(call, spread, out)
                         }
                         (Values::Stored { .. }, Grouping::Blocks(_)) => {
-                            products::<BITS, T, BLOCKS, STORED>(call)
+                            products::<BITS, T, BLOCKS, STORED>(call, spread, out)
                         }
                         (Values::Stored { .. }, Grouping::Halves(_)) => {
-                            products::<BITS, T, HALVES, STORED>(call)
+                            products::<BITS, T, HALVES, STORED>(call, spread, out)
                         }
-                        (Values::Table(_), Grouping::Row) => products::<BITS, T, ROW, TABLE>(call),
+                        (Values::Table(_), Grouping::Row) => {
+                            products::<BITS, T, ROW, TABLE>(call, spread, out)
+                        }
                         (Values::Table(_), Grouping::Blocks(_)) => {
-                            products::<BITS, T, BLOCKS, TABLE>(call)
+                            products::<BITS, T, BLOCKS, TABLE>(call, spread, out)
                         }
                         (Values::Table(_), Grouping::Halves(_)) => {
-                            products::<BITS, T, HALVES, TABLE>(call)
+                            products::<BITS, T, HALVES, TABLE>(call, spread, out)
                         }
                     }
                 }
@@ -102,10 +113,12 @@ macro_rules! kernels {
                 const FORM: usize,
             >(
                 call: &Call<'_, T>,
-            ) -> [f32; T] {
+                spread: &mut Spread,
+                out: &mut Sums<T>,
+            ) {
                 let (plane, x) = (call.plane, call.x);
                 let blocks = plane.blocks;
-                let row = &plane.codes[call.row * plane.row_bytes()..][..plane.row_bytes()];
+                assert!(call.rows.len() <= ROWS, "too many rows");
                 let parts = match GROUP {
                     ROW => x.runs,
                     BLOCKS => blocks,
@@ -123,88 +136,87 @@ macro_rules! kernels {
                         lines[t].2 = lines[t].2.add(initial);
                     }
                 }
-                let mut tables: Tables = [[_mm256_setzero_si256(); 2]; 16];
-                if FORM == TABLE {
-                    load_tables::<BITS>(plane, call.row, &mut tables);
-                }
-                let mut spread = MaybeUninit::<Spread>::uninit();
-                // SAFETY: only the parts of a row are read, and they are written here.
-                let spread = unsafe { &mut *spread.as_mut_ptr() };
-                if GROUP != ROW || FORM == STORED {
-                    spread.fill(plane, call.row, parts);
-                }
-                let mut sums = [_mm256_setzero_ps(); T];
-                for run in 0..x.runs {
-                    let mut total = [_mm256_setzero_si256(); T];
-                    let mut scales = [0f32; T];
-                    for t in 0..T {
-                        // SAFETY: a token has a scale for each run; sums start from a vector for
-                        // each part.
-                        unsafe {
-                            scales[t] = *lines[t].1.add(run);
-                            if FORM != TABLE && GROUP == ROW {
-                                let zero = if FORM == STORED { spread.zeros[run] } else { 1 };
-                                total[t] = start::<FORM>(lines[t].2.add(run * LANES), zero);
+                for (index, row_index) in call.rows.clone().enumerate() {
+                    let row = &plane.codes[row_index * plane.row_bytes()..][..plane.row_bytes()];
+                    let mut tables: Tables = [[_mm256_setzero_si256(); 2]; 16];
+                    if FORM == TABLE {
+                        load_tables::<BITS>(plane, row_index, &mut tables);
+                    }
+                    if GROUP != ROW || FORM == STORED {
+                        spread.fill(plane, row_index, parts);
+                    }
+                    let mut sums = [_mm256_setzero_ps(); T];
+                    for run in 0..x.runs {
+                        let mut total = [_mm256_setzero_si256(); T];
+                        let mut scales = [0f32; T];
+                        for t in 0..T {
+                            // SAFETY: a token has a scale for each run; sums start from a vector for
+                            // each part.
+                            unsafe {
+                                scales[t] = *lines[t].1.add(run);
+                                if FORM != TABLE && GROUP == ROW {
+                                    let zero = if FORM == STORED { spread.zeros[run] } else { 1 };
+                                    total[t] = start::<FORM>(lines[t].2.add(run * LANES), zero);
+                                }
                             }
                         }
-                    }
-                    for block in run * RUN..blocks.min((run + 1) * RUN) {
-                        // SAFETY: a row has `8·BITS` bytes of each block.
-                        let codes = unsafe { unpack::<BITS>(row.as_ptr().add(block * 8 * BITS)) };
-                        for half in 0..2 {
-                            let w = match FORM {
-                                TABLE => lookup::<BITS>(&tables, codes[half]),
-                                _ => widen(codes[half]),
-                            };
-                            let part = if GROUP == HALVES { 2 * block + half } else { block };
-                            let first = GROUP == HALVES || (GROUP == BLOCKS && half == 0);
-                            let last = GROUP == HALVES || (GROUP == BLOCKS && half == 1);
-                            for t in 0..T {
-                                let mut sum = total[t];
-                                if first {
-                                    sum = _mm256_setzero_si256();
-                                    if FORM != TABLE {
-                                        let zero =
-                                            if FORM == STORED { spread.zeros[part] } else { 1 };
-                                        // SAFETY: as above.
-                                        sum = unsafe {
-                                            start::<FORM>(lines[t].2.add(part * LANES), zero)
-                                        };
+                        for block in run * RUN..blocks.min((run + 1) * RUN) {
+                            // SAFETY: a row has `8·BITS` bytes of each block.
+                            let codes =
+                                unsafe { unpack::<BITS>(row.as_ptr().add(block * 8 * BITS)) };
+                            for half in 0..2 {
+                                let w = match FORM {
+                                    TABLE => lookup::<BITS>(&tables, codes[half]),
+                                    _ => widen(codes[half]),
+                                };
+                                let part = if GROUP == HALVES { 2 * block + half } else { block };
+                                let first = GROUP == HALVES || (GROUP == BLOCKS && half == 0);
+                                let last = GROUP == HALVES || (GROUP == BLOCKS && half == 1);
+                                for t in 0..T {
+                                    let mut sum = total[t];
+                                    if first {
+                                        sum = _mm256_setzero_si256();
+                                        if FORM != TABLE {
+                                            let zero =
+                                                if FORM == STORED { spread.zeros[part] } else { 1 };
+                                            // SAFETY: as above.
+                                            sum = unsafe {
+                                                start::<FORM>(lines[t].2.add(part * LANES), zero)
+                                            };
+                                        }
+                                    }
+                                    for i in 0..2 {
+                                        let at = block * BLOCK + half * 32 + 16 * i;
+                                        // SAFETY: a token has 64 codes of each block.
+                                        let ($a, $w, $sum) =
+                                            unsafe { (load(lines[t].0.add(at)), w[i], sum) };
+                                        sum = $add;
+                                    }
+                                    total[t] = sum;
+                                    if last {
+                                        let scale = _mm256_set1_ps(scales[t] * spread.scales[part]);
+                                        let sum = _mm256_cvtepi32_ps(sum);
+                                        sums[t] = _mm256_fmadd_ps(sum, scale, sums[t]);
                                     }
                                 }
-                                for i in 0..2 {
-                                    let at = block * BLOCK + half * 32 + 16 * i;
-                                    // SAFETY: a token has 64 codes of each block.
-                                    let ($a, $w, $sum) =
-                                        unsafe { (load(lines[t].0.add(at)), w[i], sum) };
-                                    sum = $add;
-                                }
-                                total[t] = sum;
-                                if last {
-                                    let scale = _mm256_set1_ps(scales[t] * spread.scales[part]);
-                                    let sum = _mm256_cvtepi32_ps(sum);
-                                    sums[t] = _mm256_fmadd_ps(sum, scale, sums[t]);
-                                }
+                            }
+                        }
+                        if GROUP == ROW {
+                            for t in 0..T {
+                                let (sum, scale) =
+                                    (_mm256_cvtepi32_ps(total[t]), _mm256_set1_ps(scales[t]));
+                                sums[t] = _mm256_fmadd_ps(sum, scale, sums[t]);
                             }
                         }
                     }
+                    let mut factor = unit(plane, row_index);
                     if GROUP == ROW {
-                        for t in 0..T {
-                            let (sum, scale) =
-                                (_mm256_cvtepi32_ps(total[t]), _mm256_set1_ps(scales[t]));
-                            sums[t] = _mm256_fmadd_ps(sum, scale, sums[t]);
-                        }
+                        factor *= plane.scale(row_index, 0);
+                    }
+                    for t in 0..T {
+                        out[index][t] += add_lanes(sums[t]) * factor;
                     }
                 }
-                let mut factor = unit(plane, call.row);
-                if GROUP == ROW {
-                    factor *= plane.scale(call.row, 0);
-                }
-                let mut out = [0f32; T];
-                for t in 0..T {
-                    out[t] = add_lanes(sums[t]) * factor;
-                }
-                out
             }
         }
     };
@@ -217,13 +229,17 @@ kernels!(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", |sum, w, 
 
 /// Scales and `−2z` of a row's groups, spread over its blocks or halves of blocks; written before
 /// they are read, as far as a row needs.
-struct Spread {
+pub(super) struct Spread {
     scales: [f32; MOST_PARTS],
     zeros: [i32; MOST_PARTS],
     groups: [f32; MOST_PARTS],
 }
 
 impl Spread {
+    pub fn new() -> Self {
+        Self { scales: [0.0; MOST_PARTS], zeros: [0; MOST_PARTS], groups: [0.0; MOST_PARTS] }
+    }
+
     #[inline(never)]
     #[target_feature(enable = "avx2,f16c")]
     fn fill(&mut self, plane: &TiledPlane, row: usize, parts: usize) {
