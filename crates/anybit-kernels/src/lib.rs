@@ -21,7 +21,7 @@ pub mod transform;
 pub use activation::{softmax, swiglu};
 pub use attention::{AttentionShape, attend_one, attention, attention_decode};
 pub use gemv::{PackedWeight, gemv};
-pub use integer::{IntegerWeight, QuantizedRows};
+pub use integer::{BinaryWeight, CodedWeight, IntegerWeight, QuantizedRows};
 pub use kv::{KvRows, PlainType};
 pub use linear::linear;
 pub use norm::rms_norm;

@@ -2,7 +2,7 @@
 //!
 //! Of few tokens, products come straight from packed codes ([`anybit_kernels::gemv`]); of many,
 //! quantized inputs multiply in integers with affine weights, and everything else goes through
-//! GEMM on decoded rows. A quantizer stands directly before the linears of its site, so what they
+//! GEMM on decoded rows. Signs multiply with signs by popcount, however many tokens there are. A quantizer stands directly before the linears of its site, so what they
 //! share is quantized once.
 
 use std::sync::Arc;
@@ -10,9 +10,7 @@ use std::sync::Arc;
 use anybit_core::{RowSource, SiteState};
 use anybit_io::{Checkpoint, Weight};
 use anybit_kernels::gemv::{Input, Product, Scratch, gemv};
-use anybit_kernels::{
-    IntegerWeight, PackedWeight, QuantizedRows, fake_rows, linear, quantize_rows,
-};
+use anybit_kernels::{CodedWeight, PackedWeight, QuantizedRows, fake_rows, linear, quantize_rows};
 
 use crate::Result;
 
@@ -30,7 +28,7 @@ pub struct Linear {
     /// The weight in kernel order, where it is packed in groups that kernels know.
     packed: Option<Arc<PackedWeight>>,
     /// The weight for products with quantized inputs, where it is packed on affine grids.
-    integer: Option<Arc<IntegerWeight>>,
+    integer: Option<Arc<CodedWeight>>,
 }
 
 impl Linear {
@@ -52,7 +50,7 @@ impl Linear {
         let weight = checkpoint.weight(&format!("{name}.weight"))?;
         let integer = match (&weight, &site.quantizer) {
             (Weight::Quantized(matrix), Some(quantizer)) => {
-                IntegerWeight::new(matrix, &quantizer.widths()).map(Arc::new)
+                CodedWeight::new(matrix, quantizer).map(Arc::new)
             }
             _ => None,
         };
@@ -86,6 +84,11 @@ impl Linear {
     /// Whether products with quantized inputs are taken in integers.
     pub fn is_integer(&self) -> bool {
         self.integer.is_some()
+    }
+
+    /// Whether products are taken by counting signs.
+    fn is_binary(&self) -> bool {
+        matches!(self.integer.as_deref(), Some(CodedWeight::Binary(_)))
     }
 
     /// Takes products with the values that codes stand for, in f32, from here on.
@@ -133,8 +136,11 @@ impl InputBuffers {
             return forward_values(linears, x, &mut self.scratch, outputs);
         };
         let few = x.len() <= FEW_TOKENS * quantizer.cols();
-        let packed = linears.map(|l| l.packed.as_deref());
-        if few && packed.iter().all(|p| p.is_some_and(|p| p.takes_codes(&quantizer.widths()))) {
+        let takes_codes = |linear: &Linear| {
+            let packed = linear.packed.as_deref();
+            packed.is_some_and(|p| p.takes_codes(&quantizer.segments)) && !linear.is_binary()
+        };
+        if few && linears.iter().all(|l| takes_codes(l)) {
             quantize_rows(quantizer, x, &mut self.codes);
             return products(linears, Input::Codes(&self.codes), &mut self.scratch, outputs);
         }

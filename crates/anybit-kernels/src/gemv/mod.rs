@@ -20,7 +20,7 @@ mod x86;
 
 use std::ops::Range;
 
-use anybit_core::{QuantizedMatrix, RowSource, Sparse};
+use anybit_core::{QuantizedMatrix, RowSource, Segment, Sparse};
 
 use crate::isa::{Isa, isa};
 use crate::pool::SpinPool;
@@ -96,11 +96,11 @@ impl PackedWeight {
         self.pass_bytes() + words(&self.logical) + words(&self.stored) + scale + exact
     }
 
-    /// Whether inputs quantized in these segments (columns of each) can be multiplied as integers:
+    /// Whether inputs quantized in these segments can be multiplied as integers:
     /// no column scale, and column groups that are the segments.
-    pub fn takes_codes(&self, segments: &[usize]) -> bool {
+    pub fn takes_codes(&self, segments: &[Segment]) -> bool {
         let groups = self.planes[..self.column_groups].iter().map(|p| p.cols);
-        self.column_scale.is_none() && groups.eq(segments.iter().copied())
+        self.column_scale.is_none() && groups.eq(segments.iter().map(|s| s.cols))
     }
 }
 
@@ -235,7 +235,8 @@ fn prepare(input: Input<'_>, products: &[Product<'_>], scratch: &mut Scratch) {
                     operand.fill(x, weight.cols, (first, cols), factors);
                 }
                 Input::Codes(x) => {
-                    assert!(weight.takes_codes(&x.segments), "inputs have other segments");
+                    let own = weight.column_scale.is_none() && x.segments.get(group) == Some(&cols);
+                    assert!(own, "inputs have other segments");
                     operand.fill_codes(x, group, (first, cols));
                 }
             }

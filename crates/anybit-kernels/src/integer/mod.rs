@@ -14,10 +14,15 @@
 //! Integers are exact and groups are added in their order, so a result has the same bits whatever
 //! the instruction set, the tiles and the number of threads.
 
+mod binary;
+mod coded;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+
+pub use binary::BinaryWeight;
+pub use coded::CodedWeight;
 
 use std::sync::OnceLock;
 
@@ -26,6 +31,7 @@ use anybit_core::{GridSpec, Plane, QuantizedMatrix, RowSource};
 use rayon::prelude::*;
 
 use crate::DisjointMut;
+use crate::isa::isa;
 
 /// Rows of a micro-tile: each load of an activation is used so many times.
 const ROWS: usize = 4;
@@ -58,6 +64,18 @@ pub struct QuantizedRows {
     pub scales: Vec<f32>,
     /// Twice the zero points in units of codes, −256 to 254, `[tokens, segments]`.
     pub doubled_zeros: Vec<i32>,
+}
+
+impl QuantizedRows {
+    /// Checks them against the columns and segments of a weight, and counts tokens.
+    fn tokens(&self, cols: usize, segments: &[usize]) -> usize {
+        let (tokens, parts) = (self.codes.len() / cols, segments.len());
+        assert_eq!((self.cols, &self.segments[..]), (cols, segments), "other inputs");
+        assert_eq!(self.codes.len(), tokens * cols, "inputs are not whole tokens");
+        let grids = (self.scales.len(), self.doubled_zeros.len());
+        assert_eq!(grids, (tokens * parts, tokens * parts), "not a grid for each segment");
+        tokens
+    }
 }
 
 /// Columns that share a grid in weights and activations, or a piece of them.
@@ -124,27 +142,15 @@ impl IntegerWeight {
     pub fn new(matrix: &QuantizedMatrix, segments: &[usize]) -> Option<Self> {
         let (rows, cols) = matrix.shape();
         let planes = &matrix.planes;
-        let plain = matrix.row_perm.is_none()
-            && matrix.column_scale.is_none()
-            && matrix.sparse.is_none()
-            && matrix.row_group_count() == 1;
         let affine =
             |p: &Plane| matches!(p.grid, GridSpec::Uniform { .. } | GridSpec::HalfInteger { .. });
-        let same = planes.iter().map(|p| p.cols).eq(segments.iter().copied());
-        if rows * cols == 0 || !plain || !same || !planes.iter().all(affine) {
+        if !is_plain(matrix, segments) || !planes.iter().all(affine) {
             return None;
         }
         let parts = parts_of(planes);
         let mut codes = vec![0; rows * cols];
         codes.par_chunks_mut(cols).enumerate().for_each(|(row, codes)| {
-            let mut rest = codes;
-            for plane in planes {
-                let (own, tail) = rest.split_at_mut(plane.cols);
-                let bits = plane.grid.bits();
-                let words = words_per_row(plane.cols, bits);
-                unpack_row(nth(&plane.codes, row, words), bits, 0, own);
-                rest = tail;
-            }
+            unpack_planes(planes, row, codes);
         });
         let mut lanes = vec![Lanes::default(); rows.div_ceil(ROWS) * parts.len()];
         lanes.par_chunks_mut(parts.len()).enumerate().for_each(|(block, lanes)| {
@@ -238,11 +244,7 @@ impl IntegerWeight {
 
     /// Checks `x` and counts its tokens.
     fn tokens(&self, x: &QuantizedRows) -> usize {
-        let (tokens, parts) = (x.codes.len() / self.cols, self.segments.len());
-        assert_eq!((x.cols, &x.segments), (self.cols, &self.segments), "other inputs");
-        assert_eq!(x.codes.len(), tokens * self.cols, "inputs are not whole tokens");
-        let grids = (x.scales.len(), x.doubled_zeros.len());
-        assert_eq!(grids, (tokens * parts, tokens * parts), "not a grid for each segment");
+        let tokens = x.tokens(self.cols, &self.segments);
         let fits = |z: &i32| (-256..=254).contains(z);
         assert!(x.doubled_zeros.iter().all(fits), "a zero point that no code reaches");
         tokens
@@ -278,6 +280,29 @@ impl IntegerWeight {
 #[inline(always)]
 fn nth<V>(values: &[V], index: usize, width: usize) -> &[V] {
     &values[index * width..][..width]
+}
+
+/// Whether `matrix` is nothing but planes side by side, one for each segment.
+fn is_plain(matrix: &QuantizedMatrix, segments: &[usize]) -> bool {
+    let (rows, cols) = matrix.shape();
+    rows * cols > 0
+        && matrix.row_perm.is_none()
+        && matrix.column_scale.is_none()
+        && matrix.sparse.is_none()
+        && matrix.row_group_count() == 1
+        && matrix.planes.iter().map(|p| p.cols).eq(segments.iter().copied())
+}
+
+/// Codes of row `row` of planes side by side.
+fn unpack_planes(planes: &[Plane], row: usize, codes: &mut [u8]) {
+    let mut rest = codes;
+    for plane in planes {
+        let (own, tail) = rest.split_at_mut(plane.cols);
+        let bits = plane.grid.bits();
+        let words = words_per_row(plane.cols, bits);
+        unpack_row(nth(&plane.codes, row, words), bits, 0, own);
+        rest = tail;
+    }
 }
 
 /// The parts of a row, in the order of columns.
@@ -441,11 +466,22 @@ impl Isa {
         }
     }
 
-    /// The best that this machine has.
+    /// The best that this machine has and [`isa`] allows.
     fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
-        let found = || Self::ALL.iter().copied().find(|isa| isa.detected());
+        let found = || Self::ALL.iter().copied().find(|own| own.detected() && own.level() <= isa());
         *BEST.get_or_init(|| found().unwrap_or(Self::Scalar))
+    }
+
+    /// The level that it belongs to.
+    fn level(self) -> crate::isa::Isa {
+        match self {
+            Self::Scalar => crate::isa::Isa::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => crate::isa::Isa::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni => crate::isa::Isa::Avx512,
+        }
     }
 
     /// Dot products of `R` rows (at most [`ROWS`]; the rest of the result is zero) with `T` tokens.
