@@ -34,6 +34,7 @@ pub mod tensor;
 mod testing;
 mod tiles;
 pub mod train;
+pub mod vision;
 
 pub use decoder::{
     AtLayerSite, AtSite, BlockOutput, BlockShape, BlockVars, DecoderOutput, DecoderVars,

@@ -21,6 +21,9 @@ pub enum Error {
     /// Training a model.
     #[error(transparent)]
     Train(#[from] anybit_grad::train::TrainError),
+    /// Training a network for images.
+    #[error(transparent)]
+    Vision(#[from] anybit_grad::vision::VisionError),
     /// Options that do not go together.
     #[error("{0}")]
     Usage(String),
@@ -35,6 +38,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         use anybit_eval::EvalError;
         use anybit_grad::train::TrainError;
+        use anybit_grad::vision::VisionError;
         use anybit_ptq::PtqError;
         use anybit_runtime::RuntimeError;
         match self {
@@ -44,9 +48,11 @@ impl Error {
             | Self::Runtime(RuntimeError::Io(e))
             | Self::Eval(EvalError::Io(e) | EvalError::Runtime(RuntimeError::Io(e)))
             | Self::Ptq(PtqError::Io(e) | PtqError::Runtime(RuntimeError::Io(e)))
-            | Self::Train(TrainError::Io(e)) => io_code(e),
+            | Self::Train(TrainError::Io(e))
+            | Self::Vision(VisionError::Io(e)) => io_code(e),
+            Self::Vision(VisionError::NotFinite { .. }) => 1,
             Self::Train(TrainError::Diverged { .. } | TrainError::Communication(_)) => 1,
-            Self::Runtime(_) | Self::Eval(_) | Self::Ptq(_) | Self::Train(_) => 3,
+            Self::Runtime(_) | Self::Eval(_) | Self::Ptq(_) | Self::Train(_) | Self::Vision(_) => 3,
         }
     }
 }

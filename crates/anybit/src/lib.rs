@@ -31,5 +31,6 @@ pub mod quantize;
 pub mod stages;
 pub mod stream;
 pub mod train;
+pub mod vision;
 
 pub use error::{Error, Result};

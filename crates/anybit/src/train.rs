@@ -17,6 +17,7 @@ use anybit_grad::train::{
 use anybit_io::atomic::write_bytes;
 use anybit_io::{IoError, ModelConfig};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::{Error, Result};
 
@@ -25,6 +26,14 @@ use crate::{Error, Result};
 /// # Errors
 /// A file that cannot be read, TOML that is none, unknown keys, values of another type.
 pub fn read_recipe(path: &Path, sets: &[String]) -> Result<TrainRecipe> {
+    read_toml(path, sets)
+}
+
+/// [`read_recipe`] of any kind of recipe.
+///
+/// # Errors
+/// As there.
+pub fn read_toml<T: DeserializeOwned>(path: &Path, sets: &[String]) -> Result<T> {
     let text = std::fs::read_to_string(path).map_err(|e| IoError::file("read", path, e))?;
     let fail = |e: toml::de::Error| Error::Usage(format!("{}: {e}", path.display()));
     if sets.is_empty() {

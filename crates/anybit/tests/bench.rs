@@ -2,7 +2,7 @@
 
 mod common;
 
-use anybit::runtime::{Decoder, KvCache};
+use anybit::runtime::{Decoder, KvCache, PlainType};
 use common::{Lab, read_json};
 use serde_json::Value;
 
@@ -77,7 +77,7 @@ fn figures_fit_together() {
     }
 
     assert_eq!(report["bytes_per_token"], decoder.bytes_per_token());
-    assert_eq!(report["kv_bytes"], KvCache::new(&decoder, 12).bytes());
+    assert_eq!(report["kv_bytes"], KvCache::new(&decoder, 12, PlainType::F16).bytes());
     let stream = positive(&report, "stream_gb_per_s") * 1e9;
     assert!(same(positive(&report["machine"], "read_bytes_per_s"), stream), "{report}");
     let read = positive(&report, "decode_tokens_per_s") * positive(&report, "bytes_per_token");

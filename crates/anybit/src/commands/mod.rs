@@ -19,6 +19,7 @@ mod scaling;
 mod synth;
 mod train;
 mod verify;
+mod vision;
 
 use anybit::Result;
 use clap::{Parser, Subcommand};
@@ -57,6 +58,7 @@ enum Command {
     Verify(verify::Args),
     Train(train::Args),
     Distill(distill::Args),
+    DistillVision(vision::Args),
     BenchTrain(bench_train::Args),
     Scaling(scaling::Args),
     Doctor(doctor::Args),
@@ -102,6 +104,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Verify(args) => verify::run(args, &terminal),
         Command::Train(args) => train::run(args, &terminal),
         Command::Distill(args) => distill::run(args, &terminal),
+        Command::DistillVision(args) => vision::run(args, &terminal),
         Command::BenchTrain(args) => bench_train::run(args, &terminal),
         Command::Scaling(args) => scaling::run(args, &terminal),
         Command::Doctor(args) => doctor::run(args, &terminal),
