@@ -13,6 +13,7 @@
 //! The use of such maps on activations is QuaRot's (Ashkboos et al., NeurIPS 2024); the
 //! constructions are Paley's (1933) and Williamson's (1944).
 
+use crate::scratch::with_scratch;
 use crate::{CoreError, Result};
 
 /// Largest order of `H_K`. Above it the `K²` signs and the `n·K` additions per row would cost more
@@ -129,29 +130,31 @@ impl Hadamard {
         assert!(rows.len().is_multiple_of(self.n), "rows are not whole");
         let (k, m) = (self.order, self.block / self.order);
         let scale = (1.0 / (self.block as f64).sqrt()) as f32;
-        let mut scratch = vec![0f32; if k == 1 { 0 } else { self.block }];
-        for x in rows.chunks_exact_mut(self.block) {
-            // `H_m` is symmetric and acts on the other axis, so only `H_K` has a transpose to take.
-            x.chunks_exact_mut(m).for_each(walsh);
-            if k == 1 {
-                x.iter_mut().for_each(|x| *x *= scale);
-                continue;
-            }
-            for (i, out) in scratch.chunks_exact_mut(m).enumerate() {
-                out.fill(0.0);
-                for (j, row) in x.chunks_exact(m).enumerate() {
-                    let at = if transposed { j * k + i } else { i * k + j };
-                    // A product instead of a branch: the signs are as good as random.
-                    let sign = self.signs[at] as f32;
-                    for (out, x) in out.iter_mut().zip(row) {
-                        *out += sign * x;
+        with_scratch(if k == 1 { 0 } else { self.block }, |scratch| {
+            for x in rows.chunks_exact_mut(self.block) {
+                // `H_m` is symmetric and acts on the other axis, so only `H_K` has a transpose to
+                // take.
+                x.chunks_exact_mut(m).for_each(walsh);
+                if k == 1 {
+                    x.iter_mut().for_each(|x| *x *= scale);
+                    continue;
+                }
+                for (i, out) in scratch.chunks_exact_mut(m).enumerate() {
+                    out.fill(0.0);
+                    for (j, row) in x.chunks_exact(m).enumerate() {
+                        let at = if transposed { j * k + i } else { i * k + j };
+                        // A product instead of a branch: the signs are as good as random.
+                        let sign = self.signs[at] as f32;
+                        for (out, x) in out.iter_mut().zip(row) {
+                            *out += sign * x;
+                        }
                     }
                 }
+                for (x, sum) in x.iter_mut().zip(&*scratch) {
+                    *x = sum * scale;
+                }
             }
-            for (x, sum) in x.iter_mut().zip(&scratch) {
-                *x = sum * scale;
-            }
-        }
+        });
     }
 }
 

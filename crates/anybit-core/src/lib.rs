@@ -29,6 +29,7 @@ pub mod matrix;
 pub mod quantized;
 pub mod rng;
 pub mod rounding;
+pub mod scratch;
 pub mod shared_codebook;
 pub mod sites;
 pub mod sparse;

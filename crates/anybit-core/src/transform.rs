@@ -19,6 +19,7 @@ use faer::linalg::solvers::DenseSolveCore;
 use serde::{Deserialize, Serialize};
 
 use crate::error::check_len;
+use crate::scratch::with_scratch;
 use crate::{CoreError, Hadamard, Matrix, Result};
 
 /// Reciprocal condition below which a factor counts as singular.
@@ -330,30 +331,44 @@ fn kronecker(
     right: Option<&Matrix>,
     transposed: bool,
 ) {
-    // Rows of the matrices that are added up: P₂ as it is, P₁ transposed.
-    let right = right.map(|m| if transposed { transpose(m) } else { m.clone() });
-    let left = left.map(|m| if transposed { m.clone() } else { transpose(m) });
-    let mut v = vec![0f32; n1 * n2];
-    for row in x.chunks_exact_mut(n1 * n2) {
-        if let Some(right) = &right {
-            v.copy_from_slice(row);
-            row.fill(0.0);
-            for (out, v) in row.chunks_exact_mut(n2).zip(v.chunks_exact(n2)) {
-                for (v, p) in v.iter().zip(right.data.chunks_exact(n2)) {
-                    axpy(*v, p, out);
+    with_scratch(n1 * n2 + n1 * n1 + n2 * n2, |scratch| {
+        let (v, rest) = scratch.split_at_mut(n1 * n2);
+        let (left_room, right_room) = rest.split_at_mut(n1 * n1);
+        // Rows of the matrices that are added up: P₂ as it is, P₁ transposed.
+        let left = left.map(|m| oriented(m, !transposed, left_room));
+        let right = right.map(|m| oriented(m, transposed, right_room));
+        for row in x.chunks_exact_mut(n1 * n2) {
+            if let Some(right) = right {
+                v.copy_from_slice(row);
+                row.fill(0.0);
+                for (out, v) in row.chunks_exact_mut(n2).zip(v.chunks_exact(n2)) {
+                    for (v, p) in v.iter().zip(right.chunks_exact(n2)) {
+                        axpy(*v, p, out);
+                    }
+                }
+            }
+            if let Some(left) = left {
+                v.copy_from_slice(row);
+                row.fill(0.0);
+                for (out, p) in row.chunks_exact_mut(n2).zip(left.chunks_exact(n1)) {
+                    for (p, v) in p.iter().zip(v.chunks_exact(n2)) {
+                        axpy(*p, v, out);
+                    }
                 }
             }
         }
-        if let Some(left) = &left {
-            v.copy_from_slice(row);
-            row.fill(0.0);
-            for (out, p) in row.chunks_exact_mut(n2).zip(left.data.chunks_exact(n1)) {
-                for (p, v) in p.iter().zip(v.chunks_exact(n2)) {
-                    axpy(*p, v, out);
-                }
-            }
-        }
+    });
+}
+
+/// The elements of a square `m`, or of its transpose, which is written to `room`.
+fn oriented<'a>(m: &'a Matrix, transposed: bool, room: &'a mut [f32]) -> &'a [f32] {
+    if !transposed {
+        return &m.data;
     }
+    for (i, row) in m.data.chunks_exact(m.cols).enumerate() {
+        row.iter().enumerate().for_each(|(j, value)| room[j * m.rows + i] = *value);
+    }
+    room
 }
 
 #[inline]
@@ -363,21 +378,22 @@ fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
 
 fn split_heads(x: &mut [f32], (heads, head_dim, high): (usize, usize, usize), inverse: bool) {
     let (n, low) = (heads * head_dim, head_dim - high);
-    let mut copy = vec![0f32; n];
-    for row in x.chunks_exact_mut(n.max(1)) {
-        copy.copy_from_slice(row);
-        for head in 0..heads {
-            let whole = head * head_dim..(head + 1) * head_dim;
-            let (a, b) = (head * low, heads * low + head * high);
-            if inverse {
-                row[whole.start..whole.start + low].copy_from_slice(&copy[a..a + low]);
-                row[whole.start + low..whole.end].copy_from_slice(&copy[b..b + high]);
-            } else {
-                row[a..a + low].copy_from_slice(&copy[whole.start..whole.start + low]);
-                row[b..b + high].copy_from_slice(&copy[whole.start + low..whole.end]);
+    with_scratch(n, |copy| {
+        for row in x.chunks_exact_mut(n.max(1)) {
+            copy.copy_from_slice(row);
+            for head in 0..heads {
+                let whole = head * head_dim..(head + 1) * head_dim;
+                let (a, b) = (head * low, heads * low + head * high);
+                if inverse {
+                    row[whole.start..whole.start + low].copy_from_slice(&copy[a..a + low]);
+                    row[whole.start + low..whole.end].copy_from_slice(&copy[b..b + high]);
+                } else {
+                    row[a..a + low].copy_from_slice(&copy[whole.start..whole.start + low]);
+                    row[b..b + high].copy_from_slice(&copy[whole.start + low..whole.end]);
+                }
             }
         }
-    }
+    });
 }
 
 /// `Mᵀ`.

@@ -6,7 +6,7 @@ mod common;
 use anybit_grad::{
     AdamW, AdamWOptions, GradError, Tape, TrainDecoder, Update, clip_factor, global_norm,
 };
-use anybit_runtime::{Decoder, Session};
+use anybit_runtime::{Buffers, Decoder, Session};
 use common::{FAMILIES, assert_near, checkpoint, expected, gradients};
 
 /// Tokens of a family, repeated to `len`.
@@ -36,7 +36,7 @@ fn logits_equal_those_of_transformers_and_of_the_runtime() {
         let mut session = Session::new(&runtime, tokens.len());
         let hidden = session.hidden(&tokens).unwrap().to_vec();
         let mut want = vec![0.0; tokens.len() * runtime.config.vocab_size];
-        runtime.logits(&hidden, &mut want);
+        runtime.logits(&hidden, &mut Buffers::default(), &mut want);
         assert_near(&logits(&decoder, &tokens), &want, 1e-4, name);
     }
 }

@@ -40,7 +40,8 @@ pub fn quantize_rows(quantizer: &ActivationQuantizer, x: &[f32], out: &mut Quant
     let (cols, parts) = (quantizer.cols(), quantizer.segments.len());
     let tokens = x.len() / cols.max(1);
     out.cols = cols;
-    out.segments = quantizer.widths();
+    out.segments.clear();
+    out.segments.extend(quantizer.segments.iter().map(|s| s.cols));
     out.codes.resize(tokens * cols, 0);
     out.scales.resize(tokens * parts, 0.0);
     out.doubled_zeros.resize(tokens * parts, 0);

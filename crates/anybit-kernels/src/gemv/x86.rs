@@ -19,6 +19,108 @@ pub(super) struct Call<'a, const T: usize> {
     pub tokens: [usize; T],
 }
 
+/// Where a token's numbers lie.
+#[derive(Clone, Copy)]
+struct Line {
+    codes: *const i16,
+    /// Of each run.
+    scales: *const f32,
+    /// Vectors of each part of a row.
+    initial: *const i32,
+}
+
+impl<const T: usize> Call<'_, T> {
+    /// The tokens' numbers, with so many starts of sums for each.
+    #[inline(always)]
+    fn lines(&self, parts: usize) -> [Line; T] {
+        let (x, blocks) = (self.x, self.plane.blocks);
+        assert!(x.blocks == blocks && self.initial.len() >= x.tokens * parts * LANES);
+        self.tokens.map(|token| {
+            assert!(token < x.tokens, "no such token");
+            Line {
+                codes: x.codes[token * blocks * BLOCK..].as_ptr(),
+                scales: x.scales[token * x.runs..].as_ptr(),
+                initial: self.initial[token * parts * LANES..].as_ptr(),
+            }
+        })
+    }
+}
+
+/// Sums of a row while its blocks pass.
+struct State<const T: usize> {
+    /// Integers that await their scale.
+    total: [__m256i; T],
+    /// Scales of the run.
+    scales: [f32; T],
+    sums: [__m256; T],
+}
+
+impl<const T: usize> State<T> {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn new() -> Self {
+        let (total, sums) = ([_mm256_setzero_si256(); T], [_mm256_setzero_ps(); T]);
+        Self { total, scales: [0.0; T], sums }
+    }
+
+    /// Begins a run.
+    ///
+    /// # Safety
+    /// The tokens must have it.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn begin<const GROUP: usize, const FORM: usize>(
+        &mut self,
+        lines: &[Line; T],
+        spread: &Spread,
+        run: usize,
+    ) {
+        for t in 0..T {
+            // SAFETY: by the caller's contract.
+            unsafe {
+                self.scales[t] = *lines[t].scales.add(run);
+                if GROUP == ROW {
+                    self.start::<FORM>(t, &lines[t], spread, run);
+                }
+            }
+        }
+    }
+
+    /// Begins a part with what its sum starts from.
+    ///
+    /// # Safety
+    /// The token must have it.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn start<const FORM: usize>(
+        &mut self,
+        t: usize,
+        line: &Line,
+        spread: &Spread,
+        part: usize,
+    ) {
+        self.total[t] = match FORM {
+            TABLE => _mm256_setzero_si256(),
+            _ => {
+                // SAFETY: by the caller's contract.
+                let sum = unsafe { load(line.initial.add(part * LANES)) };
+                match FORM {
+                    STORED => _mm256_mullo_epi32(sum, _mm256_set1_epi32(spread.zeros[part])),
+                    _ => sum,
+                }
+            }
+        };
+    }
+
+    /// Ends a part with its scale.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn scale(&mut self, t: usize, scale: f32) {
+        let (sum, scale) = (_mm256_cvtepi32_ps(self.total[t]), self.scales[t] * scale);
+        self.sums[t] = _mm256_fmadd_ps(sum, _mm256_set1_ps(scale), self.sums[t]);
+    }
+}
+
 /// Scales are per row, per some blocks, per some halves of blocks.
 const ROW: usize = 0;
 const BLOCKS: usize = 1;
@@ -117,104 +219,105 @@ macro_rules! kernels {
                 out: &mut Sums<T>,
             ) {
                 let (plane, x) = (call.plane, call.x);
-                let blocks = plane.blocks;
                 assert!(call.rows.len() <= ROWS, "too many rows");
                 let parts = match GROUP {
                     ROW => x.runs,
-                    BLOCKS => blocks,
-                    _ => 2 * blocks,
+                    BLOCKS => plane.blocks,
+                    _ => 2 * plane.blocks,
                 };
-                let mut lines = [(x.codes.as_ptr(), x.scales.as_ptr(), call.initial.as_ptr()); T];
-                for t in 0..T {
-                    let token = call.tokens[t];
-                    assert!(token < x.tokens, "no such token");
-                    let initial = if FORM == TABLE { 0 } else { token * parts * LANES };
-                    // SAFETY: an operand has these blocks and runs for each of its tokens.
-                    unsafe {
-                        lines[t].0 = lines[t].0.add(token * blocks * BLOCK);
-                        lines[t].1 = lines[t].1.add(token * x.runs);
-                        lines[t].2 = lines[t].2.add(initial);
-                    }
-                }
-                for (index, row_index) in call.rows.clone().enumerate() {
-                    let row = &plane.codes[row_index * plane.row_bytes()..][..plane.row_bytes()];
+                let lines = call.lines(if FORM == TABLE { 0 } else { parts });
+                for (index, row) in call.rows.clone().enumerate() {
+                    let codes = &plane.codes[row * plane.row_bytes()..][..plane.row_bytes()];
                     let mut tables: Tables = [[_mm256_setzero_si256(); 2]; 16];
                     if FORM == TABLE {
-                        load_tables::<BITS>(plane, row_index, &mut tables);
+                        load_tables::<BITS>(plane, row, &mut tables);
                     }
                     if GROUP != ROW || FORM == STORED {
-                        spread.fill(plane, row_index, parts);
+                        spread.fill(plane, row, parts);
                     }
-                    let mut sums = [_mm256_setzero_ps(); T];
+                    let mut state = State::new();
                     for run in 0..x.runs {
-                        let mut total = [_mm256_setzero_si256(); T];
-                        let mut scales = [0f32; T];
-                        for t in 0..T {
-                            // SAFETY: a token has a scale for each run; sums start from a vector for
-                            // each part.
-                            unsafe {
-                                scales[t] = *lines[t].1.add(run);
-                                if FORM != TABLE && GROUP == ROW {
-                                    let zero = if FORM == STORED { spread.zeros[run] } else { 1 };
-                                    total[t] = start::<FORM>(lines[t].2.add(run * LANES), zero);
+                        let (first, last) = (run * RUN, plane.blocks.min((run + 1) * RUN));
+                        // SAFETY: the row has these blocks and each token this run.
+                        unsafe {
+                            state.begin::<GROUP, FORM>(&lines, spread, run);
+                            if last - first == RUN {
+                                for block in 0..RUN {
+                                    let at = codes.as_ptr().add((first + block) * 8 * BITS);
+                                    add_block::<BITS, T, GROUP, FORM>(
+                                        at,
+                                        first + block,
+                                        &tables,
+                                        &lines,
+                                        spread,
+                                        &mut state,
+                                    );
                                 }
-                            }
-                        }
-                        for block in run * RUN..blocks.min((run + 1) * RUN) {
-                            // SAFETY: a row has `8·BITS` bytes of each block.
-                            let codes =
-                                unsafe { unpack::<BITS>(row.as_ptr().add(block * 8 * BITS)) };
-                            for half in 0..2 {
-                                let w = match FORM {
-                                    TABLE => lookup::<BITS>(&tables, codes[half]),
-                                    _ => widen(codes[half]),
-                                };
-                                let part = if GROUP == HALVES { 2 * block + half } else { block };
-                                let first = GROUP == HALVES || (GROUP == BLOCKS && half == 0);
-                                let last = GROUP == HALVES || (GROUP == BLOCKS && half == 1);
-                                for t in 0..T {
-                                    let mut sum = total[t];
-                                    if first {
-                                        sum = _mm256_setzero_si256();
-                                        if FORM != TABLE {
-                                            let zero =
-                                                if FORM == STORED { spread.zeros[part] } else { 1 };
-                                            // SAFETY: as above.
-                                            sum = unsafe {
-                                                start::<FORM>(lines[t].2.add(part * LANES), zero)
-                                            };
-                                        }
-                                    }
-                                    for i in 0..2 {
-                                        let at = block * BLOCK + half * 32 + 16 * i;
-                                        // SAFETY: a token has 64 codes of each block.
-                                        let ($a, $w, $sum) =
-                                            unsafe { (load(lines[t].0.add(at)), w[i], sum) };
-                                        sum = $add;
-                                    }
-                                    total[t] = sum;
-                                    if last {
-                                        let scale = _mm256_set1_ps(scales[t] * spread.scales[part]);
-                                        let sum = _mm256_cvtepi32_ps(sum);
-                                        sums[t] = _mm256_fmadd_ps(sum, scale, sums[t]);
-                                    }
+                            } else {
+                                for block in first..last {
+                                    let at = codes.as_ptr().add(block * 8 * BITS);
+                                    add_block::<BITS, T, GROUP, FORM>(
+                                        at, block, &tables, &lines, spread, &mut state,
+                                    );
                                 }
                             }
                         }
                         if GROUP == ROW {
                             for t in 0..T {
-                                let (sum, scale) =
-                                    (_mm256_cvtepi32_ps(total[t]), _mm256_set1_ps(scales[t]));
-                                sums[t] = _mm256_fmadd_ps(sum, scale, sums[t]);
+                                state.scale(t, 1.0);
                             }
                         }
                     }
-                    let mut factor = unit(plane, row_index);
-                    if GROUP == ROW {
-                        factor *= plane.scale(row_index, 0);
-                    }
+                    let factor =
+                        unit(plane, row) * if GROUP == ROW { plane.scale(row, 0) } else { 1.0 };
                     for t in 0..T {
-                        out[index][t] += add_lanes(sums[t]) * factor;
+                        out[index][t] += add_lanes(state.sums[t]) * factor;
+                    }
+                }
+            }
+
+            /// Adds the products of a block.
+            ///
+            /// # Safety
+            /// As [`products`]; the block must lie in the row at `codes` and in the tokens.
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn add_block<
+                const BITS: usize,
+                const T: usize,
+                const GROUP: usize,
+                const FORM: usize,
+            >(
+                codes: *const u8,
+                block: usize,
+                tables: &Tables,
+                lines: &[Line; T],
+                spread: &Spread,
+                state: &mut State<T>,
+            ) {
+                // SAFETY: a block has `8·BITS` bytes.
+                let codes = unsafe { unpack::<BITS>(codes) };
+                for half in 0..2 {
+                    let w = match FORM {
+                        TABLE => lookup::<BITS>(tables, codes[half]),
+                        _ => widen(codes[half]),
+                    };
+                    let part = if GROUP == HALVES { 2 * block + half } else { block };
+                    for t in 0..T {
+                        if GROUP == HALVES || (GROUP == BLOCKS && half == 0) {
+                            // SAFETY: sums start from a vector for each part.
+                            unsafe { state.start::<FORM>(t, &lines[t], spread, part) };
+                        }
+                        for i in 0..2 {
+                            let at = block * BLOCK + half * 32 + 16 * i;
+                            // SAFETY: a token has 64 codes of each block.
+                            let $a = unsafe { load(lines[t].codes.add(at)) };
+                            let ($w, $sum) = (w[i], state.total[t]);
+                            state.total[t] = $add;
+                        }
+                        if GROUP == HALVES || (GROUP == BLOCKS && half == 1) {
+                            state.scale(t, spread.scales[part]);
+                        }
                     }
                 }
             }
@@ -290,18 +393,6 @@ fn widen_halves(halves: &[half::f16], out: &mut [f32]) {
     for (half, out) in rest.iter().zip(out) {
         *out = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half.to_bits() as i32)));
     }
-}
-
-/// What a sum starts from: the vector there, times `zero` where zero points are stored.
-///
-/// # Safety
-/// 32 bytes must be there.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn start<const FORM: usize>(at: *const i32, zero: i32) -> __m256i {
-    // SAFETY: by the caller's contract.
-    let sum = unsafe { load(at) };
-    if FORM == STORED { _mm256_mullo_epi32(sum, _mm256_set1_epi32(zero)) } else { sum }
 }
 
 /// # Safety
