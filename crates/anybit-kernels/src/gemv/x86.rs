@@ -1,6 +1,10 @@
 //! Products of packed rows with AVX2, and with AVX-512 VNNI on 256-bit vectors, which adds the
 //! products of pairs to the sums in the same instruction.
 
+// Indices instead of iterators: what passes through a closure may end up in a function without these
+// instructions.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 use std::ops::Range;
 
