@@ -5,8 +5,8 @@
 #   LLAMA_CPP=DIR runs/performance.sh [PRESET]
 #
 # DIR holds llama-bench and llama-quantize (llama.cpp, MIT; the source distribution of
-# llama-cpp-python on PyPI builds them). PRESET is 135m or 1.1b (random weights of a real shape);
-# REPEAT is the number of rounds (5). Nothing else may run meanwhile.
+# llama-cpp-python on PyPI builds them). PRESET is 135m (the demo's model) or 1.1b (random weights of a
+# real shape); REPEAT is the number of rounds (5). Nothing else may run meanwhile.
 set -euo pipefail
 tools="$(realpath "${LLAMA_CPP:?the folder of llama-bench and llama-quantize}")"
 export LD_LIBRARY_PATH="$tools${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
@@ -16,9 +16,13 @@ anybit="$(realpath "${CARGO_TARGET_DIR:-target}/release/anybit")"
 work=".cache/performance/$preset"
 mkdir -p "$work" docs/results
 
-[ -d "$work/dense" ] || "$anybit" --quiet synth --preset "$preset" --out "$work/dense"
+if [ "$preset" = 135m ]; then
+    ln -sfn "$PWD/.cache/demo/reference" "$work/dense"
+else
+    [ -d "$work/dense" ] || "$anybit" --quiet synth --preset "$preset" --out "$work/dense"
+fi
 [ -f "$work/f16.gguf" ] ||
-    "$anybit" --quiet convert "$work/dense" "$work/f16.gguf" --dtype f16 --force
+    "$anybit" --quiet convert "$(realpath "$work/dense")" "$work/f16.gguf" --dtype f16 --force
 # Types of llama.cpp and bits of anybit that stand for each other, in groups of 32.
 pairs=(F16:dense Q8_0:8 Q4_0:4 Q4_K_M:4 Q3_K_M:3 Q2_K:2)
 for pair in "${pairs[@]}"; do
@@ -26,7 +30,7 @@ for pair in "${pairs[@]}"; do
     [ "$type" = F16 ] && ln -sf f16.gguf "$work/F16.gguf"
     [ -e "$work/$type.gguf" ] || "$tools/llama-quantize" "$work/f16.gguf" "$work/$type.gguf" \
         "$type" "$(nproc)" >/dev/null 2>&1
-    [ -d "$work/$bits" ] || "$anybit" --quiet quantize "$work/dense" --method rtn --bits "$bits" \
+    [ -d "$work/$bits" ] || "$anybit" --quiet quantize "$(realpath "$work/dense")" --method rtn --bits "$bits" \
         --group-size 32 --embed-bits "$bits" --report-tokens 0 --out "$work/$bits" >/dev/null
 done
 python3 - "$tools/llama-bench" "$anybit" "$work" "$preset" "${REPEAT:-5}" "${pairs[@]}" <<'PYTHON'

@@ -8,6 +8,7 @@ use anybit_core::RowSource;
 use anybit_core::linalg::{View, matmul_into};
 use rayon::prelude::*;
 
+use crate::isa::{Isa, isa};
 use crate::{DisjointMut, SpinPool, with_scratch};
 
 /// Up to this many tokens, dot products beat packing for GEMM.
@@ -84,18 +85,23 @@ fn tile_rows(out: usize, inp: usize) -> usize {
     out.div_ceil(out.div_ceil(most)).next_multiple_of(16)
 }
 
-/// Dot product in 32 partial sums, so that it vectorizes and its order is fixed.
+/// Lanes of a dot product.
+const LANES: usize = 32;
+
+/// Dot product of slices of equal lengths in 32 partial sums, so that it vectorizes and its order
+/// is fixed: the same bits on every machine.
 #[inline]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 32;
-    let mut sums = [0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a_chunks.zip(b_chunks) {
-        for i in 0..LANES {
-            sums[i] = a[i].mul_add(b[i], sums[i]);
-        }
-    }
+    assert_eq!(a.len(), b.len(), "factors have different lengths");
+    let (a_lanes, a_tail) = a.as_chunks::<LANES>();
+    let (b_lanes, b_tail) = b.as_chunks::<LANES>();
+    let mut sums = match isa() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: chosen because the machine has these instructions.
+        Isa::Avx2 | Isa::Avx512 => unsafe { lanes_avx2(a_lanes, b_lanes) },
+        _ => lanes_scalar(a_lanes, b_lanes),
+    };
+    let tail: f32 = a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum();
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -104,6 +110,43 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         width /= 2;
     }
     sums[0] + tail
+}
+
+/// Sums of products lane by lane, the scalar twin.
+fn lanes_scalar(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> [f32; LANES] {
+    let mut sums = [0f32; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum = a.mul_add(*b, *sum);
+        }
+    }
+    sums
+}
+
+/// [`lanes_scalar`] with AVX2 and FMA.
+///
+/// # Safety
+/// The machine must have them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn lanes_avx2(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> [f32; LANES] {
+    use std::arch::x86_64::*;
+    let mut sums = [_mm256_setzero_ps(); LANES / 8];
+    for (a, b) in a.iter().zip(b) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: eight numbers from each multiple of eight on are in the chunks.
+            *sum = unsafe {
+                let (a, b) = (a.as_ptr().add(8 * i), b.as_ptr().add(8 * i));
+                _mm256_fmadd_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), *sum)
+            };
+        }
+    }
+    let mut out = [0f32; LANES];
+    for (i, sum) in sums.into_iter().enumerate() {
+        // SAFETY: room for eight numbers.
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * i), sum) };
+    }
+    out
 }
 
 #[cfg(test)]
@@ -148,6 +191,24 @@ mod tests {
             linear(&x, &q, bias.as_deref(), &mut packed);
             linear(&x, &q.dequantize(), bias.as_deref(), &mut y);
             prop_assert_eq!(packed, y);
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn dots_have_the_bits_of_the_scalar_twin() {
+        let mut rng = SplitMix64::new(2);
+        for len in [0, 1, 7, 31, 32, 33, 100, 576, 1537] {
+            let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
+            let (a, b) = (normals(len), normals(len));
+            let (a_lanes, b_lanes) = (a.as_chunks().0, b.as_chunks().0);
+            if Isa::Avx2.detected() {
+                // SAFETY: just asked for.
+                let fast = unsafe { lanes_avx2(a_lanes, b_lanes) };
+                assert_eq!(fast, lanes_scalar(a_lanes, b_lanes), "{len}");
+            }
+            let want: f64 = a.iter().zip(&b).map(|(a, b)| *a as f64 * *b as f64).sum();
+            approx::assert_abs_diff_eq!(dot(&a, &b) as f64, want, epsilon = 1e-4);
         }
     }
 

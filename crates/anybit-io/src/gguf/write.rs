@@ -153,8 +153,10 @@ fn put_value(b: &mut Vec<u8>, value: &Value) -> Option<()> {
         Value::I64(v) => b.extend(v.to_le_bytes()),
         Value::F64(v) => b.extend(v.to_le_bytes()),
         Value::Array(values) => {
-            // An empty array has a type all the same; any will do.
-            let kind = values.first().map_or(0, Value::type_id);
+            // An empty array has a type all the same. Those of tokenizers hold strings, and
+            // llama.cpp insists on it.
+            let kind =
+                values.first().map_or(Value::String(String::new()).type_id(), Value::type_id);
             b.extend(kind.to_le_bytes());
             b.extend((values.len() as u64).to_le_bytes());
             for v in values {
