@@ -6,6 +6,8 @@
 //! passed on. Gradients are accumulated in place; buffers go back to a pool and serve the next
 //! step. Operations live in [`crate::ops`]; [`Tape::custom`] is how all of them are recorded.
 
+use std::ops::Range;
+
 use crate::Tensor;
 use crate::pool::Pool;
 use crate::tiles::{map, map2};
@@ -160,6 +162,33 @@ impl Tape {
     /// # Panics
     /// When a `dy` and its `y` differ in length, or a value is named twice.
     pub fn backward_from_all(&mut self, outputs: &[(Var, &[f32])]) {
+        if let Some(last) = self.seed(outputs) {
+            self.pass_back(0..last + 1);
+        }
+    }
+
+    /// Norm of the gradient of the scalar `loss` with respect to some leaves together. The pass goes
+    /// back no further than to `floor`: give one below which no leaf of these is used, and what
+    /// comes before it costs nothing. Nothing stays behind: other norms and one
+    /// [`Self::backward`] may follow.
+    ///
+    /// # Panics
+    /// When `loss` is no scalar, or gradients of a backward pass are still there.
+    pub fn gradient_norm(&mut self, loss: Var, leaves: &[Var], floor: Option<Var>) -> f64 {
+        assert!(self.grads.iter().all(Option::is_none), "there are gradients already");
+        let one: &[f32] = &[1.0];
+        if let Some(last) = self.seed(&[(loss, one)]) {
+            self.pass_back(floor.map_or(0, |floor| floor.0 + 1)..last + 1);
+        }
+        let norm = crate::global_norm(leaves.iter().filter_map(|leaf| self.grad(*leaf)));
+        for grad in self.grads.iter_mut().filter_map(Option::take) {
+            self.pool.give(grad);
+        }
+        norm
+    }
+
+    /// Gives outputs their gradients; the index of the last that wants one.
+    fn seed(&mut self, outputs: &[(Var, &[f32])]) -> Option<usize> {
         let mut last = None;
         for &(y, dy) in outputs {
             assert_eq!(self.value(y).len(), dy.len(), "the gradient does not fit the value");
@@ -172,8 +201,12 @@ impl Tape {
             self.grads[y.0] = Some(seed);
             last = last.max(Some(y.0));
         }
-        let Some(last) = last else { return };
-        for index in (0..=last).rev() {
+        last
+    }
+
+    /// Passes on the gradients of some values, from the last to the first.
+    fn pass_back(&mut self, values: Range<usize>) {
+        for index in values.rev() {
             let node = &self.nodes[index];
             let Some(backward) = &node.backward else { continue };
             let Some(grad) = self.grads[index].take() else { continue };
@@ -347,6 +380,38 @@ mod tests {
         tape.backward_from(y, &[1.0; 8]);
         assert!(tape.grad(x).is_none() && tape.grad(fixed).is_none());
         assert_eq!(tape.grad(w).unwrap().len(), 6);
+    }
+
+    #[test]
+    fn norms_of_parts_leave_the_rest_alone() {
+        let record = |tape: &mut Tape| {
+            let x = tape.constant(random(1, [4, 3]));
+            let (first, second) =
+                (tape.leaf(random(2, [5, 3]), true), tape.leaf(random(3, [2, 5]), true));
+            let below = tape.linear(x, first, None);
+            let y = tape.linear(below, second, None);
+            let squares = tape.mul(y, y);
+            (first, second, below, tape.sum(squares), tape.mean(y))
+        };
+        let whole = |which: usize| {
+            let mut tape = Tape::default();
+            let (first, second, _, squares, mean) = record(&mut tape);
+            tape.backward([squares, mean][which]);
+            [first, second].map(|v| tape.grad(v).unwrap().to_vec())
+        };
+        let mut tape = Tape::default();
+        let (first, second, below, squares, mean) = record(&mut tape);
+        for (which, loss) in [squares, mean].into_iter().enumerate() {
+            let [want_first, want_second] = whole(which);
+            let norm = tape.gradient_norm(loss, &[second], Some(below));
+            assert_eq!(norm, crate::global_norm([&want_second[..]]));
+            let both = tape.gradient_norm(loss, &[first, second], None);
+            assert_eq!(both, crate::global_norm([&want_first[..], &want_second[..]]));
+            // What lies below the floor is not reached.
+            assert_eq!(tape.gradient_norm(loss, &[first], Some(below)), 0.0);
+        }
+        tape.backward(squares);
+        assert_eq!([first, second].map(|v| tape.grad(v).unwrap().to_vec()), whole(0));
     }
 
     #[test]

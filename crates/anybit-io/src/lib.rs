@@ -13,6 +13,7 @@ pub mod gguf;
 pub mod native;
 pub mod off_grid;
 pub mod safetensors_file;
+pub mod size;
 pub mod synth;
 pub mod tensor;
 pub mod tokenizer;

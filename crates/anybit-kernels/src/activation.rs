@@ -6,10 +6,11 @@ use rayon::prelude::*;
 const CHUNK: usize = 1 << 14;
 
 /// `e^x` with a relative error below 2e-7: `2^n · 2^f`, `2^f` by a polynomial on `[−½, ½]`.
-/// Below −87 it is 0, above 88 it is infinite, and NaN stays NaN.
+/// Below −87.3 it is 0, above the logarithm of the largest f32 infinite, and NaN stays NaN.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    let clamped = x.clamp(-87.3, 88.7);
+    // The upper end lies beyond what an f32 holds, so that the product below overflows there.
+    let clamped = x.clamp(-87.3, 89.0);
     let t = clamped * std::f32::consts::LOG2_E;
     let n = t.round_ties_even();
     // The product's low part keeps the fraction exact where `t` is large.
@@ -78,6 +79,8 @@ pub fn swiglu(gate: &mut [f32], up: &[f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anybit_core::rng::SplitMix64;
+    use proptest::prelude::*;
 
     #[test]
     fn exp_is_accurate_over_its_range() {
@@ -91,6 +94,54 @@ mod tests {
         }
         assert_eq!((exp(0.0), exp(-1e9), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
         assert!(exp(f32::NAN).is_nan());
+        // Up to the largest f32, and nothing finite behind it.
+        let last = 88.72f32;
+        let ratio = exp(last) as f64 / (last as f64).exp();
+        assert!((ratio - 1.0).abs() < 1e-5, "{ratio}");
+        for x in [88.73, 89.0, 1e9, f32::INFINITY] {
+            assert_eq!(exp(x), f32::INFINITY, "{x}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+        #[test]
+        fn softmax_equals_the_scalar_twin(n in 1usize..70, scale in 0.1f32..60.0,
+                                          seed in any::<u64>()) {
+            let mut rng = SplitMix64::new(seed);
+            let x: Vec<f32> = (0..n).map(|_| scale * rng.normal() as f32).collect();
+            let mut row = x.clone();
+            softmax(&mut row);
+            let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+            let e: Vec<f64> = x.iter().map(|x| (*x as f64 - max).exp()).collect();
+            let sum: f64 = e.iter().sum();
+            for (y, e) in row.iter().zip(e) {
+                // As of `exp`: the argument's own rounding is magnified.
+                let want = e / sum;
+                prop_assert!((*y as f64 - want).abs() <= 2e-5 * want + 1e-30, "{y} {want}");
+            }
+        }
+    }
+
+    /// Around the length from which threads share the work.
+    #[test]
+    fn swiglu_equals_the_scalar_twin() {
+        let mut rng = SplitMix64::new(3);
+        for n in [0, 1, 7, 8, 33, CHUNK, CHUNK + 1, 2 * CHUNK + 5] {
+            let mut normals = || (0..n).map(|_| 8.0 * rng.normal() as f32).collect::<Vec<_>>();
+            let (gate, up) = (normals(), normals());
+            let mut y = gate.clone();
+            swiglu(&mut y, &up);
+            for ((y, g), u) in y.iter().zip(&gate).zip(&up) {
+                let (g, u) = (*g as f64, *u as f64);
+                let want = g / (1.0 + (-g).exp()) * u;
+                assert!((*y as f64 - want).abs() <= 5e-6 * want.abs() + 1e-30, "{y} {want}");
+            }
+        }
+        // Where e^−x is infinite, nothing is left of the gate.
+        let mut far = [-200.0, 200.0];
+        swiglu(&mut far, &[3.0, 3.0]);
+        assert_eq!(far, [0.0, 600.0]);
     }
 
     #[test]

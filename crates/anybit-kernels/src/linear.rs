@@ -28,8 +28,11 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
     let tokens = x.len() / inp;
     assert_eq!(x.len(), tokens * inp, "inputs are not whole tokens");
     assert_eq!(y.len(), tokens * out, "output has another shape");
+    if y.is_empty() {
+        return;
+    }
     if tokens <= FEW_TOKENS {
-        return few(x, weight, bias, y);
+        return few(x, weight, (out, inp), bias, y);
     }
     let tile = tile_rows(out, inp);
     let row_tiles = out.div_ceil(tile);
@@ -58,9 +61,15 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
 }
 
 /// [`linear`] by dot products, each decoded row used for all tokens while it is in the first-level
-/// cache.
-fn few(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [f32]) {
-    let (out, inp) = weight.shape();
+/// cache. The shape is the one that `y` was checked against: asked again, a weight of another crate
+/// might say something else.
+fn few(
+    x: &[f32],
+    weight: &dyn RowSource,
+    (out, inp): (usize, usize),
+    bias: Option<&[f32]>,
+    y: &mut [f32],
+) {
     let dst = DisjointMut::new(y);
     let pool = SpinPool::global();
     let work = |worker: usize| {
@@ -209,6 +218,25 @@ mod tests {
             }
             let want: f64 = a.iter().zip(&b).map(|(a, b)| *a as f64 * *b as f64).sum();
             approx::assert_abs_diff_eq!(dot(&a, &b) as f64, want, epsilon = 1e-4);
+        }
+    }
+
+    /// One row, one column, nothing at all; more columns than a tile has elements for.
+    #[test]
+    fn corners() {
+        let mut rng = SplitMix64::new(4);
+        let wide = TILE_ELEMENTS / 16 + 3;
+        for (tokens, out, inp) in
+            [(0, 3, 5), (2, 0, 5), (9, 0, 5), (1, 1, 1), (9, 1, 1), (9, 1, 33), (6, 17, wide)]
+        {
+            let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
+            let w = Matrix::from_vec(out, inp, normals(out * inp)).unwrap();
+            let (x, bias) = (normals(tokens * inp), normals(out));
+            let mut y = vec![f32::NAN; tokens * out];
+            linear(&x, &w, Some(&bias), &mut y);
+            for (a, b) in y.iter().zip(naive(&x, &w, Some(&bias))) {
+                assert!((a - b).abs() < 1e-3 * (1.0 + b.abs()), "{tokens} {out} {inp}: {a} {b}");
+            }
         }
     }
 

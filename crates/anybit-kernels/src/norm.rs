@@ -30,3 +30,39 @@ pub fn rms_norm_row(x: &mut [f32], weight: &[f32], eps: f32) {
         *x = *x * factor * w;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anybit_core::rng::SplitMix64;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+        #[test]
+        fn equals_the_scalar_twin(rows in 0usize..2 * ROWS + 3, n in 1usize..140, tiny in 0u32..30,
+                                  seed in any::<u64>()) {
+            let mut rng = SplitMix64::new(seed);
+            let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
+            let (weight, mut x) = (normals(n), normals(rows * n));
+            // Where values are as small as ε, it decides.
+            x.iter_mut().for_each(|x| *x *= 0.5f32.powi(tiny as i32));
+            let eps = 1e-5f32;
+            let mut y = vec![f32::NAN; x.len()];
+            rms_norm(&x, &weight, eps, &mut y);
+            for (x, y) in x.chunks(n).zip(y.chunks(n)) {
+                let mean = x.iter().map(|x| *x as f64 * *x as f64).sum::<f64>() / n as f64;
+                let root = (mean + eps as f64).sqrt();
+                for ((x, w), y) in x.iter().zip(&weight).zip(y) {
+                    let want = *x as f64 * *w as f64 / root;
+                    let error = (*y as f64 - want).abs();
+                    prop_assert!(error <= 2e-6 * want.abs() + 1e-12, "{y} {want}");
+                }
+                // In company or alone, in place or not: the same bits.
+                let mut alone = x.to_vec();
+                rms_norm_row(&mut alone, &weight, eps);
+                prop_assert_eq!(&alone[..], y);
+            }
+        }
+    }
+}

@@ -103,6 +103,8 @@ impl SpinPool {
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync), *const Job>(job) };
         // SAFETY: no worker is busy, so none reads it.
         unsafe { *shared.job.get() = endless };
+        // Where the caller's own part panicked too, nobody has asked about the workers'.
+        shared.panicked.store(false, Ordering::Relaxed);
         shared.busy.store(threads - 1, Ordering::Relaxed);
         shared.region.fetch_add(1, Ordering::SeqCst);
         for (asleep, (thread, _)) in shared.asleep.iter().zip(&self.workers) {
@@ -225,6 +227,39 @@ mod tests {
             assert!(std::panic::catch_unwind(run).is_err());
         }
         pool.run(&|_| {});
+    }
+
+    /// The caller's panic is the one that is heard; the worker's must not be heard a region later.
+    #[test]
+    fn a_panic_of_all_leaves_nothing_behind() {
+        let pool = SpinPool::new(3);
+        let run = std::panic::AssertUnwindSafe(|| {
+            pool.run(&|worker| assert!(worker > 2, "on purpose"));
+        });
+        assert!(std::panic::catch_unwind(run).is_err());
+        pool.run(&|_| {});
+    }
+
+    /// Other threads ask for the pool at the same time: whoever does not get it works alone, and
+    /// nobody's parts are lost or done twice.
+    #[test]
+    fn regions_of_several_callers_do_not_mix() {
+        let pool = SpinPool::new(2);
+        std::thread::scope(|scope| {
+            for caller in 0..3u64 {
+                let pool = &pool;
+                scope.spawn(move || {
+                    for round in 0..500 {
+                        let parts = [AtomicU64::new(0), AtomicU64::new(0)];
+                        pool.run(&|worker| {
+                            parts[worker].fetch_add(1 + caller + round, Ordering::Relaxed);
+                        });
+                        let done = parts.each_ref().map(|p| p.load(Ordering::Relaxed));
+                        assert_eq!(done, [1 + caller + round; 2]);
+                    }
+                });
+            }
+        });
     }
 
     #[test]

@@ -43,6 +43,37 @@ impl RopeTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anybit_core::rng::SplitMix64;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+        #[test]
+        fn equals_the_scalar_twin(pairs in 1usize..40, heads in 0usize..4, position in 0usize..5000,
+                                  grown in 0usize..5000, seed in any::<u64>()) {
+            let mut rng = SplitMix64::new(seed);
+            let frequencies: Vec<f64> = (0..pairs).map(|_| rng.uniform()).collect();
+            let x: Vec<f32> = (0..heads * 2 * pairs).map(|_| rng.normal() as f32).collect();
+            // A table that grows is the one that was large from the start.
+            let mut table = RopeTable::new(frequencies.clone(), grown);
+            table.grow(position + 1);
+            let mut y = x.clone();
+            table.rotate(&mut y, position);
+            let mut other = x.clone();
+            RopeTable::new(frequencies.clone(), position + 1).rotate(&mut other, position);
+            prop_assert_eq!(&y, &other);
+            for (x, y) in x.chunks(2 * pairs).zip(y.chunks(2 * pairs)) {
+                for (i, frequency) in frequencies.iter().enumerate() {
+                    let (sin, cos) = (position as f64 * frequency).sin_cos();
+                    let (a, b) = (x[i] as f64, x[pairs + i] as f64);
+                    let bound = 3e-7 * (a.abs() + b.abs());
+                    let (first, second) = (y[i] as f64, y[pairs + i] as f64);
+                    prop_assert!((first - (a * cos - b * sin)).abs() <= bound, "{first}");
+                    prop_assert!((second - (b * cos + a * sin)).abs() <= bound, "{second}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn dot_products_depend_on_the_distance_alone() {

@@ -70,6 +70,41 @@ mod tests {
     use super::*;
     use anybit_core::rng::SplitMix64;
     use anybit_core::{Hadamard, RowScale};
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        /// Rows of any length, none or more than a task takes: what the core does to each.
+        #[test]
+        fn any_rows_are_row_by_row(rows in 0usize..300, blocks in 1usize..5, block in 0u32..8,
+                                   bits in 2u8..=8, symmetric in any::<bool>(),
+                                   seed in any::<u64>()) {
+            let block = 1usize << block;
+            let cols = blocks * block;
+            let mut rng = SplitMix64::new(seed);
+            let x: Vec<f32> = (0..rows * cols).map(|_| rng.normal() as f32).collect();
+            let transform = Transform::Hadamard(Hadamard::blocks(cols, block).unwrap());
+            let quantizer = ActivationQuantizer::plain(cols, bits, symmetric);
+            let mut many = x.clone();
+            transform_rows(&transform, &mut many);
+            // What was left in there must not matter.
+            let mut coded = QuantizedRows { codes: vec![7; 9], ..QuantizedRows::default() };
+            quantize_rows(&quantizer, &many, &mut coded);
+            fake_rows(&quantizer, &mut many);
+            prop_assert_eq!(coded.segments.clone(), [cols]);
+            prop_assert_eq!((coded.codes.len(), coded.scales.len()), (rows * cols, rows));
+            for (t, one) in x.chunks(cols).enumerate() {
+                let mut one = one.to_vec();
+                transform.apply(&mut one);
+                let (mut codes, mut scale, mut zero) = (vec![0; cols], [0.0], [0]);
+                quantizer.encode_row(&one, &mut codes, &mut scale, &mut zero);
+                quantizer.fake(&mut one);
+                prop_assert_eq!(&one, &many[t * cols..(t + 1) * cols]);
+                prop_assert_eq!(&codes, &coded.codes[t * cols..(t + 1) * cols]);
+                prop_assert_eq!((scale[0], zero[0]), (coded.scales[t], coded.doubled_zeros[t]));
+            }
+        }
+    }
 
     #[test]
     fn many_rows_are_row_by_row() {

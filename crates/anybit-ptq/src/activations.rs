@@ -33,7 +33,7 @@ pub fn site_records(
                 let named = |e| PtqError::Recipe(format!("{name}: {e}"));
                 quantizer.validate(cols).map_err(named)?;
             }
-            if record.transform.is_some() || record.quantizer.is_some() {
+            if record.transform.is_some() || record.quantizer.is_some() || record.high > 0 {
                 records.insert(name, record);
             }
         }
@@ -59,7 +59,9 @@ fn quantizer(
     }
     let high = recipe.high_bits.max(bits);
     let symmetric = !cache && recipe.a_symmetric.unwrap_or(true);
-    let high_cols = if high > bits { record.high } else { 0 };
+    // Weights follow the split of their input, also where it has the same bits in both parts; a
+    // cache has no weights.
+    let high_cols = if high > bits || !cache { record.high } else { 0 };
     let mut quantizer = ActivationQuantizer::tiered(cols, bits, high_cols, high, symmetric);
     let plain = clip.unwrap_or(1.0);
     quantizer.clip = record.clip.unwrap_or((plain, plain));

@@ -83,15 +83,15 @@ impl Plan {
         let mut problems = Vec::new();
         check_names(recipe, config, &mut problems);
         let sites = site_records(checkpoint, recipe)?;
-        // Column tiers pay where activations have them too.
-        let tiers = rounding.needs().tiers && recipe.quantizes_activations();
+        let tiers = rounding.needs().tiers;
         let (mut matrices, mut dense): (Vec<PlannedMatrix>, Vec<_>) = (Vec::new(), Vec::new());
         let mut misfits: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (tensor, shape) in config.tensors() {
             match (settings_of(recipe, &*rounding, &tensor), &shape[..]) {
                 (Some(mut settings), &[rows, cols]) => {
                     if tiers {
-                        settings.tier = tier_of(recipe, &tensor, &sites);
+                        settings.tier = tier_of(recipe, &tensor, &sites)
+                            .filter(|(_, bits)| *bits > settings.grid.bits());
                     }
                     let shape = (rows, cols);
                     let matrix = place((recipe, &sites), &*rounding, &tensor, shape, settings);
@@ -205,7 +205,7 @@ fn settings_of(recipe: &Recipe, rounding: &dyn Rounding, tensor: &str) -> Option
     }
 }
 
-/// The last columns of a linear that have bits of their own: those that its site's quantizer has.
+/// The last columns of a linear that have bits of their own: the high part of its site's basis.
 fn tier_of(
     recipe: &Recipe,
     tensor: &str,
@@ -214,8 +214,7 @@ fn tier_of(
     let (layer, linear) = split_linear(tensor)?;
     let site = SiteKind::of(linear)?.site()?;
     let record = sites.get(&format!("model.layers.{layer}.{}", site.name()))?;
-    let high = record.quantizer.as_ref()?.segments.get(1)?.cols;
-    Some((high, recipe.high_bits))
+    (record.high > 0).then_some((record.high, recipe.high_bits))
 }
 
 /// Block index and name of a linear below its block.

@@ -37,6 +37,7 @@ impl Error {
     /// 5 failed verification, 1 everything else.
     pub fn exit_code(&self) -> u8 {
         use anybit_eval::EvalError;
+        use anybit_grad::distill::DistillError;
         use anybit_grad::train::TrainError;
         use anybit_grad::vision::VisionError;
         use anybit_ptq::PtqError;
@@ -48,10 +49,14 @@ impl Error {
             | Self::Runtime(RuntimeError::Io(e))
             | Self::Eval(EvalError::Io(e) | EvalError::Runtime(RuntimeError::Io(e)))
             | Self::Ptq(PtqError::Io(e) | PtqError::Runtime(RuntimeError::Io(e)))
-            | Self::Train(TrainError::Io(e))
+            | Self::Train(TrainError::Io(e) | TrainError::Distill(DistillError::Io(e)))
             | Self::Vision(VisionError::Io(e)) => io_code(e),
             Self::Vision(VisionError::NotFinite { .. }) => 1,
-            Self::Train(TrainError::Diverged { .. } | TrainError::Communication(_)) => 1,
+            Self::Train(
+                TrainError::Diverged { .. }
+                | TrainError::Communication(_)
+                | TrainError::Distill(DistillError::Communication(_)),
+            ) => 1,
             Self::Runtime(_) | Self::Eval(_) | Self::Ptq(_) | Self::Train(_) | Self::Vision(_) => 3,
         }
     }

@@ -23,6 +23,7 @@ pub use anybit_runtime as runtime;
 pub mod attribute;
 pub mod bench;
 pub mod demo;
+pub mod detect;
 pub mod error;
 pub mod frontier;
 pub mod machine;

@@ -244,11 +244,12 @@ fn killed_at_any_moment_and_resumed() {
         let undisturbed = format!("{method}-whole");
         lab.ok(&format!("{} --cache whole-cache", line(method, goal, &undisturbed)));
         let line = format!("{} --cache {method}-cache --resume", line(method, goal, "out"));
-        let mut kills = 0;
-        for step in 1.. {
+        let (mut kills, mut wait) = (0, Duration::from_millis(10));
+        loop {
             let mut child =
                 lab.command(&line).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-            std::thread::sleep(Duration::from_millis(15 * step));
+            std::thread::sleep(wait);
+            wait = wait.mul_f64(1.15);
             let _ = child.kill();
             if child.wait().unwrap().success() {
                 break;

@@ -10,7 +10,7 @@ use anybit::grad::train::{Precision, QuantizedDecoder, QuantizerRecipe};
 use anybit::grad::{Tape, TrainDecoder};
 use anybit::io::Checkpoint;
 use anybit::runtime::Decoder;
-use common::training::{QUEST, lab, log, losses, recipe, wait_for};
+use common::training::{self, QUEST, lab, log, losses, recipe, wait_for};
 use common::{Lab, Run, assert_same, contents, entries, logits, prose};
 use serde_json::Value;
 
@@ -223,11 +223,9 @@ fn a_full_disk_keeps_the_checkpoint_before() {
     assert_eq!(lasting(&lab, "whole").0, lasting(&lab, "cut").0);
 }
 
-/// A recipe with the teacher of `path`.
+/// A recipe with teachers for a student of two bits.
 fn distilled(teachers: &str, more: &str) -> String {
-    let quest = QUEST.replace("bits = 4", "bits = 2");
-    format!("{}\n[distill]\nteachers = [{teachers}]\n{more}", recipe(&quest, "steps = 24"))
-        .replace("tokenizer = { vocab_size = 300 }", "tokenizer = \"teacher/model\"")
+    training::distilled(&QUEST.replace("bits = 4", "bits = 2"), teachers, more)
 }
 
 #[test]
@@ -241,6 +239,7 @@ fn a_student_learns_from_its_teachers_and_goes_on_where_it_was_cut() {
         ("logits", "balancer = { type = \"logit_gradient\" }\nloss = { type = \"jsd\" }"),
         ("dwa", "balancer = { type = \"dwa\" }\nloss = { type = \"reverse_kl\" }"),
         ("kendall", "balancer = { type = \"uncertainty\" }\nloss = { type = \"cakld\" }"),
+        ("gradnorm", "balancer = { type = \"gradnorm\", batches = 2 }"),
     ] {
         let text = distilled("\"teacher/model\"", more);
         fs::write(lab.path("distill.toml"), text).unwrap();
@@ -250,6 +249,14 @@ fn a_student_learns_from_its_teachers_and_goes_on_where_it_was_cut() {
         let teacher = |r: &Value| r["extra"]["teacher_loss"].as_f64().unwrap();
         let (first, last) = (teacher(steps[0]), teacher(steps[steps.len() - 1]));
         assert!(last < first, "{name}: {first} to {last}");
+        if name == "gradnorm" {
+            for record in &steps {
+                let of = |key: &str| record["extra"][key].as_f64().unwrap();
+                let sum = of("task_weight") + of("teacher_weight");
+                assert!((sum - 2.0).abs() < 1e-9 && of("task_block_norm") > 0.0, "{record}");
+            }
+            assert_ne!(steps[steps.len() - 1]["extra"]["task_weight"], 1.0);
+        }
     }
     fs::write(lab.path("distill.toml"), distilled("\"teacher/model\"", "")).unwrap();
     let cut = "distill distill.toml --out cut/run --set train.checkpoint_every=6";

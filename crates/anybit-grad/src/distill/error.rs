@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use anybit_io::IoError;
 
+use crate::GradError;
+use crate::train::distributed::CommunicationError;
+
 /// Result with [`DistillError`].
 pub type Result<T> = std::result::Result<T, DistillError>;
 
@@ -13,6 +16,12 @@ pub enum DistillError {
     /// A file cannot be read or written.
     #[error(transparent)]
     Io(#[from] IoError),
+    /// A teacher refused.
+    #[error(transparent)]
+    Grad(#[from] GradError),
+    /// Ranks lost each other.
+    #[error(transparent)]
+    Communication(#[from] CommunicationError),
     /// A setting out of its range.
     #[error("{place}: {key} = {value}; {fix}")]
     Setting {
@@ -79,10 +88,22 @@ pub enum DistillError {
         /// What is wrong, with the chunk if it is about one.
         what: String,
     },
+    /// A cache of other outputs than those that are needed.
+    #[error(
+        "{path}: {what}; the teacher cache is of another teacher, text or setting: delete this \
+         file to have it made again, or give another distill.cache.dir"
+    )]
+    CacheForeign {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
     /// A cache that would grow beyond its limit.
     #[error(
-        "{path}: a teacher cache of {needed} bytes is over the limit of {limit}; lower k, store \
-         f16, cache fewer tokens or raise the limit"
+        "{path}: a teacher cache of {needed} bytes is over the limit of {limit}; lower \
+         distill.cache.top_k, take stored_as = \"f16\", train on fewer sequences, or raise \
+         distill.cache.max_bytes"
     )]
     CacheSize {
         /// The file.

@@ -10,7 +10,7 @@
 //! All little-endian; a chunk is [`CHUNK`] positions. The header stands at the end, so that a file
 //! of any size is written in one pass, beside its place, and renamed. Opening it reads all of it
 //! once and compares every hash. Log-probabilities that were rounded to f16 are scaled to sum to 1
-//! with their tail again when they are read. Called by the trainer.
+//! with their tail again when they are read. Called by `cached`.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -83,7 +83,30 @@ impl CacheSpec {
         self.positions.checked_mul(record)
     }
 
-    fn chunks(&self) -> impl Iterator<Item = Range<u64>> + use<> {
+    /// Bytes of the file at most, `u64::MAX` when no number holds them.
+    fn file_bytes(&self) -> u64 {
+        // A hash takes less than 80 bytes of the header, the rest of it less than 4096.
+        let hashes = self.positions.div_ceil(CHUNK).saturating_mul(80);
+        self.body().map_or(u64::MAX, |body| body.saturating_add(hashes + 4096))
+    }
+
+    /// Fails when a file at `path` would take more than `max_bytes`; returns what it would take.
+    ///
+    /// # Errors
+    /// [`DistillError::CacheSize`].
+    pub fn check_size(&self, path: &Path, max_bytes: u64) -> Result<u64> {
+        let needed = self.file_bytes();
+        match needed > max_bytes {
+            true => {
+                let path = path.to_owned();
+                Err(DistillError::CacheSize { path, needed, limit: max_bytes })
+            }
+            false => Ok(needed),
+        }
+    }
+
+    /// The ranges of positions that are filled together, in order.
+    pub(super) fn chunks(&self) -> impl Iterator<Item = Range<u64>> + use<> {
         let positions = self.positions;
         (0..positions.div_ceil(CHUNK)).map(move |c| c * CHUNK..((c + 1) * CHUNK).min(positions))
     }
@@ -96,6 +119,20 @@ struct Header {
     spec: CacheSpec,
     /// blake3 of the chunks, in hexadecimal.
     chunks: Vec<String>,
+}
+
+/// What of two caches differs, as a phrase.
+fn difference(found: &CacheSpec, wanted: &CacheSpec) -> Option<String> {
+    let differ = |name: &str, found: String, wanted: String| {
+        (found != wanted).then(|| format!("its {name} is {found}, {wanted} is wanted"))
+    };
+    let stored = |spec: &CacheSpec| format!("{:?}", spec.stored_as).to_lowercase();
+    let text = |value: &dyn std::fmt::Display| value.to_string();
+    differ("k", text(&found.k), text(&wanted.k))
+        .or_else(|| differ("number of positions", text(&found.positions), text(&wanted.positions)))
+        .or_else(|| differ("temperature", text(&found.temperature), text(&wanted.temperature)))
+        .or_else(|| differ("number format", stored(found), stored(wanted)))
+        .or_else(|| differ("key", text(&found.key), text(&wanted.key)))
 }
 
 /// Outputs of a teacher on disk, mapped into memory.
@@ -139,16 +176,7 @@ impl TeacherCache {
         max_bytes: u64,
         fill: &mut dyn FnMut(Range<u64>) -> Result<TopK>,
     ) -> Result<()> {
-        // A hash takes less than 80 bytes of the header, the rest of it less than 4096.
-        let hashes = spec.positions.div_ceil(CHUNK).saturating_mul(80);
-        let needed = spec.body().map_or(u64::MAX, |b| b.saturating_add(hashes + 4096));
-        if needed > max_bytes {
-            return Err(DistillError::CacheSize {
-                path: path.to_owned(),
-                needed,
-                limit: max_bytes,
-            });
-        }
+        let needed = spec.check_size(path, max_bytes)?;
         check_space(path, needed)?;
         let mut failed = None;
         let written = write_file(path, |out| {
@@ -211,6 +239,18 @@ impl TeacherCache {
         // The first in the order of the file, on any number of threads.
         found.into_iter().collect::<Result<()>>()?;
         Ok(Self { path: path.to_owned(), spec, map })
+    }
+
+    /// [`Self::open`], of a cache that must hold just `spec`.
+    ///
+    /// # Errors
+    /// As there; [`DistillError::CacheForeign`].
+    pub fn open_of(path: &Path, spec: &CacheSpec) -> Result<Self> {
+        let found = Self::open(path)?;
+        match difference(&found.spec, spec) {
+            None => Ok(found),
+            Some(what) => Err(DistillError::CacheForeign { path: path.to_owned(), what }),
+        }
     }
 
     /// What it holds.
@@ -381,6 +421,26 @@ mod tests {
             let cache =
                 TeacherCache::prepare(&path, spec, 1 << 30, &mut |r| Ok(outputs(r))).unwrap();
             assert_eq!(cache.spec(), spec);
+        }
+    }
+
+    #[test]
+    fn what_is_foreign_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("teacher");
+        let own = spec(5, StoredAs::F16);
+        TeacherCache::write(&path, &own, 1 << 30, &mut |r| Ok(outputs(r))).unwrap();
+        TeacherCache::open_of(&path, &own).unwrap();
+        for (wanted, part) in [
+            (CacheSpec { key: "b".into(), ..own.clone() }, "its key is a, b is wanted"),
+            (CacheSpec { k: 4, ..own.clone() }, "its k is 3, 4 is wanted"),
+            (CacheSpec { positions: 6, ..own.clone() }, "positions is 5, 6"),
+            (CacheSpec { temperature: 2.0, ..own.clone() }, "temperature is 1, 2"),
+            (CacheSpec { stored_as: StoredAs::F32, ..own.clone() }, "format is f16, f32"),
+        ] {
+            let error = TeacherCache::open_of(&path, &wanted).unwrap_err();
+            assert!(matches!(error, DistillError::CacheForeign { .. }));
+            assert!(error.to_string().contains(part), "{error}");
         }
     }
 

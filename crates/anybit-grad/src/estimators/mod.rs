@@ -131,4 +131,6 @@ fn level_count(bits: u8) -> f32 {
 }
 
 #[cfg(test)]
+mod invariants;
+#[cfg(test)]
 mod tests;

@@ -149,6 +149,29 @@ impl Corpus {
         *hash.finalize().as_bytes()
     }
 
+    /// Which training sequence comes at which position.
+    pub fn order(&self) -> Order {
+        self.order.clone()
+    }
+
+    /// Inputs of training sequences by their numbers, which are below [`Self::windows`].
+    pub fn inputs(&self, sequences: &[u32]) -> Vec<u32> {
+        let window = |sequence: &u32| self.own[*sequence as usize] as usize;
+        let windows: Vec<usize> = sequences.iter().map(window).collect();
+        pairs(&self.train, &windows, self.context).0
+    }
+
+    /// Hash of [`Self::inputs`], without reading them.
+    pub fn inputs_key(&self, sequences: &[u32]) -> [u8; 32] {
+        let mut hash = blake3::Hasher::new();
+        hash.update(self.train.hash().as_bytes());
+        hash.update(&(self.context as u64).to_le_bytes());
+        for sequence in sequences {
+            hash.update(&self.own[*sequence as usize].to_le_bytes());
+        }
+        *hash.finalize().as_bytes()
+    }
+
     /// Inputs and targets of validation sequences.
     pub fn validation(&self, windows: &[usize]) -> (Vec<u32>, Vec<u32>) {
         let windows: Vec<usize> = windows.iter().map(|w| self.held_out[*w] as usize).collect();

@@ -469,6 +469,35 @@ mod tests {
         assert!(clip_factor(global_norm(grads.iter().map(|g| &g[..])), 1.0) > 0.0);
     }
 
+    /// Invariant 21: at 8 bits logits are nearly those of full precision; without estimators they
+    /// are those.
+    #[test]
+    fn invariant_21_eight_bits_change_little() {
+        let absmax = Some(EstimatorSpec::Absmax { bits: 8, hadamard: 0, form: Form::Full });
+        let logits = |weights, activations| {
+            let student = student(weights, activations);
+            let (mut weights_tape, mut tape) = (Tape::default(), Tape::default());
+            let weights = student.weights(&mut weights_tape, false);
+            let leaves = student.leaves(&weights, &weights_tape, &mut tape, false);
+            let hidden = student.forward(&mut tape, &leaves, &tokens(32), 16).unwrap().hidden;
+            let logits = student.decoder.logits(&mut tape, &leaves.vars, hidden);
+            tape.data(logits).to_vec()
+        };
+        let (rounded, same) = (logits(absmax, absmax), logits(None, None));
+        let full = {
+            let decoder = student(None, None).decoder;
+            let mut tape = Tape::default();
+            let vars = decoder.vars(&mut tape, &|_| false);
+            let hidden = decoder.forward(&mut tape, &vars, &tokens(32), 16).unwrap().hidden;
+            let logits = decoder.logits(&mut tape, &vars, hidden);
+            tape.data(logits).to_vec()
+        };
+        assert_eq!(same, full);
+        let apart: Vec<f32> = rounded.iter().zip(&full).map(|(a, b)| a - b).collect();
+        let share = global_norm([&apart[..]]) / global_norm([&full[..]]);
+        assert!(share > 0.0 && share < 0.02, "{share}");
+    }
+
     #[test]
     fn shares_are_those_of_the_gaussian() {
         let student = student(quest(1), quest(4));

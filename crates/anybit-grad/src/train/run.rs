@@ -27,10 +27,10 @@ use super::corpus::{Corpus, tokenizer};
 use super::distributed::{Communicator, same_everywhere};
 use super::log::{JsonLines, Kind, Record, TensorBoard};
 use super::model::{block_parameters, initialize, preset, preset_names};
-use super::trainer::{NotFinite, Sequences, StepReport, Trainer, cross_entropy};
+use super::trainer::{Batch, NotFinite, Sequences, StepReport, Trainer, cross_entropy};
 use super::{QuantizedDecoder, QuantizerRecipe, Result, TrainError, TrainRecipe, export};
-use crate::distill::Distiller;
-use crate::{Tape, TrainDecoder};
+use crate::distill::{CachePlan, Distiller};
+use crate::{DecoderOutput, DecoderVars, Tape, TrainDecoder};
 
 /// A loss this many times that of guessing evenly means that training ran away.
 const RAN_AWAY: f64 = 3.0;
@@ -40,6 +40,9 @@ const RAN_AWAY: f64 = 3.0;
 pub enum Event<'a> {
     /// Bytes of text tokenized, and in all.
     Tokenizing(u64, u64),
+    /// Sequences whose teachers' outputs were computed for a cache, and in all; none when the cache
+    /// was there.
+    Teaching(u64, u64),
     /// About to take the first step: steps taken before, and in all; tokens of a step; parameters.
     Start {
         /// Steps taken before.
@@ -117,15 +120,14 @@ pub fn run(
     let out = recipe.out.as_path();
     let lock = prepare_folder(recipe, options, comm)?;
     let (tokenizer, corpus) = texts(recipe, comm, watch)?;
+    let plan = cache_plan(recipe, &corpus)?;
     let decoder = decoder(recipe, &tokenizer, &corpus)?;
     let precision = recipe.train.precision;
     let student = QuantizedDecoder::new(decoder, recipe.quantizer.clone(), precision)?;
     let steps = recipe.train.total_steps(recipe.data.context);
     let trainer = Trainer::new(student, &recipe.train, steps, recipe.data.context);
     let vocab = trainer.student.decoder.config.vocab_size;
-    let context = recipe.data.context;
-    let distiller = recipe.distill.as_ref();
-    let distiller = distiller.map(|d| Distiller::new(d, vocab, context, steps)).transpose()?;
+    let distiller = distiller(recipe, plan, vocab, comm, watch)?;
     let (best, speeds) = (None, Vec::new());
     let mut session = Session { recipe, out, corpus, trainer, distiller, steps, best, speeds };
     session.begin(options, comm)?;
@@ -287,6 +289,33 @@ fn decoder(recipe: &TrainRecipe, tokenizer: &Tokenizer, corpus: &Corpus) -> Resu
     Ok(initialize(&config, recipe.seed, context))
 }
 
+/// What is needed of a cache of teachers' outputs; fails at once when that is too large.
+fn cache_plan<'a>(recipe: &'a TrainRecipe, corpus: &'a Corpus) -> Result<Option<CachePlan<'a>>> {
+    let Some(distill) = &recipe.distill else { return Ok(None) };
+    let context = recipe.data.context;
+    let positions = recipe.train.total_steps(context).saturating_mul(recipe.train.batch as u64);
+    CachePlan::new(distill, corpus, positions, context)
+}
+
+/// Teachers and balancer, for a student of `vocab` tokens.
+fn distiller(
+    recipe: &TrainRecipe,
+    plan: Option<CachePlan<'_>>,
+    vocab: usize,
+    comm: &mut dyn Communicator,
+    watch: &mut dyn FnMut(Event<'_>),
+) -> Result<Option<Distiller>> {
+    let Some(distill) = &recipe.distill else { return Ok(None) };
+    let context = recipe.data.context;
+    let steps = recipe.train.total_steps(context);
+    let Some(plan) = plan else {
+        return Distiller::new(distill, vocab, context, steps).map(Some);
+    };
+    let mut progress = |done, total| watch(Event::Teaching(done, total));
+    let teacher = plan.prepare(vocab, comm, &mut progress)?;
+    Distiller::cached(distill, teacher, context, steps).map(Some)
+}
+
 /// A run between its first and its last step.
 struct Session<'a> {
     recipe: &'a TrainRecipe,
@@ -401,10 +430,12 @@ impl Session<'_> {
         let mut found = match &mut self.distiller {
             None => self.trainer.step(&mut self.corpus, comm, &mut cross_entropy)?,
             Some(distiller) => {
-                let mut objective =
-                    |tape: &mut Tape, out: &_, head, inputs: &[u32], targets: &[u32]| {
-                        distiller.objective(tape, out, head, inputs, targets)
-                    };
+                let mut objective = |tape: &mut Tape,
+                                     output: &DecoderOutput,
+                                     vars: &DecoderVars,
+                                     batch: &Batch<'_>| {
+                    distiller.objective(tape, output, vars, batch)
+                };
                 let found = self.trainer.step(&mut self.corpus, comm, &mut objective)?;
                 extra = distiller.finish_step(comm)?;
                 found

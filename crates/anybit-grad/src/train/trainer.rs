@@ -18,11 +18,24 @@ use super::data::slice;
 use super::distributed::{Communicator, sum_f64, sum_gradients};
 use super::quantized::{LeafGradients, WeightVars};
 use super::{QuantizedDecoder, Result, TrainSettings};
-use crate::{AdamW, DecoderOutput, OneCycle, Tape, Update, Var, clip_factor, global_norm};
+use crate::{
+    AdamW, DecoderOutput, DecoderVars, OneCycle, Tape, Update, Var, clip_factor, global_norm,
+};
 
-/// What a micro-batch minimizes: `(tape, output, head, inputs, targets)` to a scalar.
+/// The sequences that are at hand together.
+#[derive(Debug, Clone)]
+pub struct Batch<'a> {
+    /// Their positions in training.
+    pub positions: Range<u64>,
+    /// Their tokens, one sequence after another.
+    pub inputs: &'a [u32],
+    /// The token after each.
+    pub targets: &'a [u32],
+}
+
+/// What a micro-batch minimizes: `(tape, output, parameters, batch)` to a scalar.
 pub type Objective<'a> =
-    &'a mut dyn FnMut(&mut Tape, &DecoderOutput, Var, &[u32], &[u32]) -> Result<Var>;
+    &'a mut dyn FnMut(&mut Tape, &DecoderOutput, &DecoderVars, &Batch<'_>) -> Result<Var>;
 
 /// Where a step's sequences come from.
 pub trait Sequences {
@@ -34,11 +47,10 @@ pub trait Sequences {
 pub fn cross_entropy(
     tape: &mut Tape,
     output: &DecoderOutput,
-    head: Var,
-    _inputs: &[u32],
-    targets: &[u32],
+    vars: &DecoderVars,
+    batch: &Batch<'_>,
 ) -> Result<Var> {
-    Ok(tape.linear_cross_entropy(output.hidden, head, targets))
+    Ok(tape.linear_cross_entropy(output.hidden, vars.head, batch.targets))
 }
 
 /// A model in training.
@@ -170,7 +182,8 @@ impl Trainer {
             let (inputs, targets) = sequences.batch(start..end);
             let leaves = student.leaves(&weights, weights_tape, tape, true);
             let output = student.forward(tape, &leaves, &inputs, *context)?;
-            let loss = objective(tape, &output, leaves.vars.head, &inputs, &targets)?;
+            let batch = Batch { positions: start..end, inputs: &inputs, targets: &targets };
+            let loss = objective(tape, &output, &leaves.vars, &batch)?;
             let value = tape.data(loss)[0];
             if !value.is_finite() {
                 let found = not_finite_forward(tape, &output, value);

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Result;
 use super::data::Normalization;
-use super::model::ModelSpec;
+use super::model::{Architecture, End, ModelSpec};
 use super::network::Network;
 use super::ops::Shape;
 use super::quantize::QuantizerSpec;
@@ -41,6 +41,9 @@ struct Config {
     /// Height, width, channels.
     input: [usize; 3],
     classes: usize,
+    /// What the head looks at.
+    #[serde(default, skip_serializing_if = "End::is_pooled")]
+    end: End,
     normalization: Normalization,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     quantizer: Option<QuantizerSpec>,
@@ -76,6 +79,7 @@ pub fn save(network: &Network, target: &Path) -> Result<()> {
         model: network.architecture.spec,
         input: [height, width, channels],
         classes: network.architecture.classes,
+        end: network.architecture.end,
         normalization: network.normalization.clone(),
         quantizer: network.quantizer().copied(),
     };
@@ -122,7 +126,8 @@ pub fn load(folder: &Path) -> Result<Network> {
         let what = format!("its normalization is not of {channels} channels");
         return Err(IoError::damaged(&path, what).into());
     }
-    let architecture = config.model.build(Shape { height, width, channels }, config.classes)?;
+    let built = config.model.build(Shape { height, width, channels }, config.classes)?;
+    let architecture = Architecture { end: config.end, ..built };
     let pixels = architecture.input.pixels();
     let mut network = Network::new(architecture, config.normalization, 0);
     if let Some(spec) = &config.quantizer {

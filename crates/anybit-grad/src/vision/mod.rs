@@ -12,9 +12,11 @@
 //! | `infer` | normalizations folded, products in integers |
 //! | `checkpoint` | a network on disk |
 //! | `recipe`, `run` | what `anybit distill-vision` reads and does |
+//! | `detect` | objects and their boxes instead of one class |
 
 pub mod checkpoint;
 pub mod data;
+pub mod detect;
 mod error;
 pub mod infer;
 pub mod model;

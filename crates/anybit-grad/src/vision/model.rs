@@ -6,9 +6,11 @@
 //! | `tiny` | three convolutions of `w`, `2w`, `4w` channels, the last two at stride 2 | – |
 //! | `resnet20` | three stages of three blocks, `w`, `2w`, `4w` channels (`w` = 16 in the paper) | He et al., 2016 |
 //! | `mobilenet` | a convolution and five depthwise separable ones, `w` to `8w` channels | Howard et al., 2017, shortened |
+//! | `plain` | seven convolutions, `w` to `8w` channels, three of them at stride 2 | – |
 //!
 //! Every convolution is followed by batch normalization; the mean over all pixels and a linear end
-//! a network. Shortcuts that change the shape are 1×1 convolutions (the paper's option B).
+//! a network, or the linear alone, of every pixel ([`End`]). Shortcuts that change the shape are
+//! 1×1 convolutions (the paper's option B).
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +27,8 @@ pub enum Family {
     Resnet20,
     /// Depthwise separable convolutions.
     Mobilenet,
+    /// 3×3 convolutions one after another, down to an eighth of the sides.
+    Plain,
 }
 
 /// A family and how wide it is.
@@ -93,6 +97,24 @@ pub enum Step {
     },
 }
 
+/// What the linear at the end looks at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// The mean over all pixels of the last value: one row of outputs for an image.
+    #[default]
+    Pooled,
+    /// Every pixel of the last value: a row of outputs for each, which detectors call cells.
+    Cells,
+}
+
+impl End {
+    /// Whether it is the usual one, which files need not name.
+    pub(super) fn is_pooled(&self) -> bool {
+        *self == Self::Pooled
+    }
+}
+
 /// A network without its parameters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Architecture {
@@ -100,13 +122,15 @@ pub struct Architecture {
     pub spec: ModelSpec,
     /// The images.
     pub input: Shape,
-    /// Classes, rows of the head.
+    /// Classes, rows of the head; for a detector its outputs.
     pub classes: usize,
+    /// What the head looks at.
+    pub end: End,
     /// The convolutions.
     pub layers: Vec<ConvLayer>,
     /// What is computed.
     pub steps: Vec<Step>,
-    /// Shape of the last value, before the mean over pixels.
+    /// Shape of the last value, before the head.
     pub last: Shape,
 }
 
@@ -227,10 +251,17 @@ impl ModelSpec {
                     at = b.separable(&format!("block{}", index + 1), at, channels, stride);
                 }
             }
+            Family::Plain => {
+                for (index, width) in [2 * w, 4 * w, 8 * w].into_iter().enumerate() {
+                    at = b.conv(format!("conv{}", 2 * index + 2), at, width, 2, true);
+                    at = b.conv(format!("conv{}", 2 * index + 3), at, width, 1, true);
+                }
+            }
         }
         let last = b.shapes[b.steps.len()];
         let Builder { layers, steps, .. } = b;
-        Ok(Architecture { spec: self, input, classes, layers, steps, last })
+        let end = End::Pooled;
+        Ok(Architecture { spec: self, input, classes, end, layers, steps, last })
     }
 }
 
@@ -261,7 +292,10 @@ mod tests {
         assert!(mobile.layers[2].is_linear());
         let (tiny, _) = weights(Family::Tiny, 8);
         assert_eq!(tiny.steps.len(), 3);
-        for built in [resnet, mobile, tiny] {
+        let (plain, _) = weights(Family::Plain, 8);
+        assert_eq!(plain.last, Shape { height: 4, width: 4, channels: 64 });
+        assert_eq!(plain.layers[6].name, "conv7");
+        for built in [resnet, mobile, tiny, plain] {
             let layers = built.steps.iter().filter_map(|s| match s {
                 Step::Conv { layer, .. } => Some(*layer),
                 Step::Add { .. } => None,

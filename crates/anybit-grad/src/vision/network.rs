@@ -5,6 +5,8 @@
 //! head          x = estimator(mean over pixels),  logits = x estimator(W)ᵀ + b
 //! ```
 //!
+//! A detector's head takes every pixel instead of their mean ([`End::Cells`]).
+//!
 //! Without estimators both operands are as they are. Padding comes before rounding, so that its
 //! zeros are on the grid too, which need not have a zero. Called by the trainer; integer inference
 //! ([`super::infer`]) computes the same.
@@ -12,7 +14,7 @@
 use anybit_core::rng::{SplitMix64, stream};
 
 use super::data::{Images, Normalization};
-use super::model::{Architecture, Step};
+use super::model::{Architecture, End, Step};
 use super::ops::Moments;
 use super::quantize::Quantizer;
 use crate::{Tape, Tensor, Var};
@@ -84,11 +86,11 @@ pub enum Mode {
 /// A recorded forward pass.
 #[derive(Debug)]
 pub struct Forward {
-    /// `[images, classes]`.
+    /// `[images, classes]`; `[images · cells, classes]` of a detector.
     pub logits: Var,
     /// Inputs of the convolutions, padded and not yet rounded, and that of the head.
     pub inputs: Vec<Var>,
-    /// What the head multiplies, `[images, channels]`.
+    /// What the head multiplies, a row for each of the logits'.
     pub features: Var,
     /// The parameters, in the order of [`Network::parameters`].
     pub vars: Vec<Var>,
@@ -167,9 +169,12 @@ impl Network {
             values.push(value);
         }
         let last = values[self.architecture.steps.len()];
-        let pooled = tape.mean_over_pixels(last, self.architecture.last.pixels());
+        let seen = match self.architecture.end {
+            End::Pooled => tape.mean_over_pixels(last, self.architecture.last.pixels()),
+            End::Cells => last,
+        };
         let head = self.head();
-        let (features, weight) = recorder.operands(tape, head, pooled);
+        let (features, weight) = recorder.operands(tape, head, seen);
         let Recorder { vars, inputs, moments, .. } = recorder;
         let logits = tape.linear(features, weight, Some(vars[self.weight_at(head) + 1]));
         Forward { logits, inputs, features, vars, moments }
@@ -188,10 +193,9 @@ impl Network {
         }
     }
 
-    /// Logits of all images, `[images, classes]`.
+    /// Logits of all images, in the shape of [`Forward::logits`].
     pub fn logits(&self, images: &Images) -> Tensor {
-        let mut tape = Tape::default();
-        let mut all = Vec::with_capacity(images.count() * self.architecture.classes);
+        let (mut tape, mut all) = (Tape::default(), Vec::new());
         let indices: Vec<usize> = (0..images.count()).collect();
         for part in indices.chunks(EVALUATION_BATCH) {
             let (batch, _) = images.batch(part, &self.normalization);
@@ -199,7 +203,7 @@ impl Network {
             all.extend_from_slice(tape.data(logits));
             tape.reset();
         }
-        Tensor::new([images.count(), self.architecture.classes], all)
+        Tensor::new([all.len() / self.architecture.classes, self.architecture.classes], all)
     }
 }
 

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::data::{Images, read_cifar10, read_idx};
+use super::data::{Images, read_cifar10, read_folder, read_idx};
 use super::model::ModelSpec;
 use super::quantize::QuantizerSpec;
 use super::train::Settings;
@@ -61,6 +61,8 @@ pub enum Format {
     Idx,
     /// `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin`.
     Cifar10,
+    /// `train/CLASS/*.png` and `test/CLASS/*.png`.
+    Folder,
 }
 
 /// The images.
@@ -219,6 +221,7 @@ impl DataSpec {
                 let train = read_cifar10(&batches.collect::<Vec<_>>())?;
                 (train, read_cifar10(&[file("test_batch.bin")])?)
             }
+            Format::Folder => read_folder(&self.folder)?,
         };
         if train.shape != test.shape {
             let what = format!(

@@ -8,7 +8,7 @@
 //!
 //! A sweep calls [`prepare`] once per seed and [`student`] for each of its cells.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Instant;
 
 use anybit_core::rng::stream;
@@ -175,7 +175,7 @@ pub fn prepare(recipe: &VisionRecipe, seed: u64, watch: Watch<'_>) -> Result<Pre
 }
 
 /// Fails when a teacher's output is no number.
-fn finite(logits: Tensor, name: &str) -> Result<Tensor> {
+pub(super) fn finite(logits: Tensor, name: &str) -> Result<Tensor> {
     match logits.data().iter().all(|v| v.is_finite()) {
         true => Ok(logits),
         false => {
@@ -196,6 +196,27 @@ fn as_one(distill: &DistillSpec, mut logits: Vec<Tensor>, images: &Images) -> Re
     Ok(mix(&all, &weights, distill.mixture, distill.loss.temperature())?)
 }
 
+/// The network in full precision that `facts` stand for, everything that it depends on: read from
+/// `out` where it is there already, else made and stored.
+pub(super) fn stored(
+    out: &Path,
+    facts: &[&[u8]],
+    make: impl FnOnce() -> Result<Network>,
+) -> Result<Network> {
+    let mut hash = blake3::Hasher::new();
+    for fact in facts {
+        hash.update(fact);
+    }
+    let name = hash.finalize().to_hex();
+    let path = out.join("full-precision").join(&name.as_str()[..16]);
+    if path.exists() {
+        return load(&path);
+    }
+    let network = make()?;
+    save(&network, &path)?;
+    Ok(network)
+}
+
 /// Makes networks of full precision.
 struct Maker<'a> {
     recipe: &'a VisionRecipe,
@@ -204,31 +225,19 @@ struct Maker<'a> {
 }
 
 impl Maker<'_> {
-    /// Where a network is stored: the name follows from everything that it depends on.
-    fn path(&self, spec: ModelSpec, seed: u64) -> PathBuf {
-        let mut hash = blake3::Hasher::new();
-        let facts = format!("{spec:?} {:?} {seed}", self.recipe.full_precision);
-        hash.update(facts.as_bytes());
-        hash.update(format!("{:?} {}", self.train.shape, self.train.classes).as_bytes());
-        hash.update(&self.train.pixels);
-        hash.update(&self.train.labels);
-        let name = hash.finalize().to_hex();
-        self.recipe.out.join("full-precision").join(&name.as_str()[..16])
-    }
-
     /// A trained network; read where it is there already.
     fn network(&self, spec: ModelSpec, seed: u64, name: &str, watch: Watch<'_>) -> Result<Network> {
-        let path = self.path(spec, seed);
-        if path.exists() {
-            return load(&path);
-        }
-        let architecture = spec.build(self.train.shape, self.train.classes)?;
-        let mut network = Network::new(architecture, self.normalization.clone(), seed);
-        let settings = &self.recipe.full_precision;
-        let mut seen = |epoch: u64, _: &EpochFigures| watch(name, epoch + 1, settings.epochs);
-        train(&mut network, self.train, settings, None, seed, &mut seen)?;
-        save(&network, &path)?;
-        Ok(network)
+        let (settings, images) = (&self.recipe.full_precision, self.train);
+        let how = format!("{spec:?} {settings:?} {seed}");
+        let of = format!("{:?} {}", images.shape, images.classes);
+        let facts = [how.as_bytes(), of.as_bytes(), &images.pixels[..], &images.labels[..]];
+        stored(&self.recipe.out, &facts, || {
+            let architecture = spec.build(images.shape, images.classes)?;
+            let mut network = Network::new(architecture, self.normalization.clone(), seed);
+            let mut seen = |epoch: u64, _: &EpochFigures| watch(name, epoch + 1, settings.epochs);
+            train(&mut network, images, settings, None, seed, &mut seen)?;
+            Ok(network)
+        })
     }
 }
 

@@ -1,4 +1,5 @@
-//! Training of a network on labelled images, with or without a teacher.
+//! Training of a network, with or without a teacher: on labelled images ([`train`]), or towards any
+//! two losses of its logits (`train_towards`; detectors).
 //!
 //! ```text
 //! every step   z = logits of the batch
@@ -8,7 +9,8 @@
 //! ```
 //!
 //! The teacher's logits are made once for all images; there is no augmentation. Which images a step
-//! takes follows from its number and the seed. Called by [`mod@super::run`].
+//! takes follows from its number and the seed. Called by [`mod@super::run`] and
+//! [`super::detect`].
 
 use serde::{Deserialize, Serialize};
 
@@ -162,10 +164,33 @@ pub struct Teaching<'a> {
     pub scale: f64,
 }
 
+/// A loss of the images with these numbers, recorded from their logits alone.
+pub(super) type Loss<'a> = &'a dyn Fn(&mut Tape, Var, &[usize]) -> Result<Var>;
+
+/// What a network is trained towards.
+#[derive(Clone, Copy)]
+pub(super) struct Goals<'a> {
+    /// The task's loss.
+    pub task: Loss<'a>,
+    /// The teacher's, if there is one.
+    pub teacher: Option<TeacherGoal<'a>>,
+}
+
+/// The teacher's loss beside the task's.
+#[derive(Clone, Copy)]
+pub(super) struct TeacherGoal<'a> {
+    /// Before it is scaled.
+    pub loss: Loss<'a>,
+    /// How both are weighed.
+    pub balancer: &'a BalancerSpec,
+    /// What it is multiplied by before the balancer sees it.
+    pub scale: f64,
+}
+
 /// Means over the steps of an epoch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct EpochFigures {
-    /// Cross-entropy of the labels, in nats.
+    /// The task's loss: of labels their cross-entropy, in nats.
     pub task_loss: f64,
     /// The teacher's loss, scaled; 0 without one.
     pub teacher_loss: f64,
@@ -195,7 +220,9 @@ struct Trainer<'a> {
     network: &'a mut Network,
     images: &'a Images,
     settings: Settings,
-    teaching: Option<(Teaching<'a>, Box<dyn Balancer>)>,
+    goals: Goals<'a>,
+    /// Of both losses, if there is a teacher.
+    balancer: Option<Box<dyn Balancer>>,
     optimizer: Optimizer,
     schedule: OneCycle,
     order: Order,
@@ -218,17 +245,57 @@ pub fn train(
     seed: u64,
     watch: &mut dyn FnMut(u64, &EpochFigures),
 ) -> Result<Vec<EpochFigures>> {
+    let labels = |indices: &[usize]| -> Vec<u32> {
+        indices.iter().map(|index| u32::from(images.labels[*index])).collect()
+    };
+    let task = |tape: &mut Tape, z: Var, indices: &[usize]| -> Result<Var> {
+        Ok(tape.cross_entropy(z, &labels(indices)))
+    };
+    let Some(teaching) = teaching else {
+        let goals = Goals { task: &task, teacher: None };
+        return train_towards(network, images, goals, settings, seed, watch);
+    };
+    let Teaching { logits, loss, balancer, scale } = teaching;
+    let loss = |tape: &mut Tape, z: Var, indices: &[usize]| -> Result<Var> {
+        let (teacher, targets) = (gathered(logits, indices, 1), labels(indices));
+        let teacher = Teacher::Logits(&teacher);
+        Ok(tape.distill(z, &Distillation { loss, teacher, targets: &targets, seqlen: 1 })?)
+    };
+    let teacher = Some(TeacherGoal { loss: &loss, balancer, scale });
+    train_towards(network, images, Goals { task: &task, teacher }, settings, seed, watch)
+}
+
+/// The rows of some images in a matrix that has `rows` for each.
+pub(super) fn gathered(all: &Tensor, indices: &[usize], rows: usize) -> Tensor {
+    let columns = all.shape()[1];
+    let size = rows * columns;
+    let values = indices.iter().flat_map(|index| &all.data()[index * size..][..size]);
+    Tensor::new([indices.len() * rows, columns], values.copied().collect())
+}
+
+/// Trains `network` towards losses of its logits; labels of `images` are not looked at.
+///
+/// # Errors
+/// As [`train`].
+pub(super) fn train_towards(
+    network: &mut Network,
+    images: &Images,
+    goals: Goals<'_>,
+    settings: &Settings,
+    seed: u64,
+    watch: &mut dyn FnMut(u64, &EpochFigures),
+) -> Result<Vec<EpochFigures>> {
     settings.check("train")?;
     let steps = settings.steps(images.count());
-    let balanced = |teaching: Teaching<'_>| teaching.balancer.build(steps);
-    let balancer = teaching.map(balanced).transpose()?;
+    let balancer = goals.teacher.map(|teacher| teacher.balancer.build(steps)).transpose()?;
     let schedule =
         OneCycle { warmup: settings.warmup, ..OneCycle::new(settings.lr, steps as usize) };
     let mut trainer = Trainer {
         network,
         images,
         settings: *settings,
-        teaching: teaching.zip(balancer),
+        goals,
+        balancer,
         optimizer: settings.optimizer(),
         schedule,
         order: Order::new(images.count(), seed),
@@ -253,11 +320,12 @@ pub fn train(
 fn loss_and_gradient(
     tape: &mut Tape,
     logits: &Tensor,
-    record: impl FnOnce(&mut Tape, Var) -> Result<Var>,
+    record: Loss<'_>,
+    indices: &[usize],
 ) -> Result<(f64, Vec<f32>)> {
     tape.reset();
     let z = tape.leaf(logits.clone(), true);
-    let loss = record(tape, z)?;
+    let loss = record(tape, z, indices)?;
     tape.backward(loss);
     let value = f64::from(tape.data(loss)[0]);
     Ok((value, tape.take_grad(z).unwrap_or_default()))
@@ -268,11 +336,11 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Norm of `gᵀ x`, the gradient of the head's weight, for a gradient `g` at the logits.
-fn head_norm(gradient: &[f32], features: &[f32], images: usize) -> f64 {
-    let (classes, channels) = (gradient.len() / images, features.len() / images);
+fn head_norm(gradient: &[f32], features: &[f32], rows: usize) -> f64 {
+    let (classes, channels) = (gradient.len() / rows, features.len() / rows);
     let mut dw = vec![0f32; classes * channels];
-    let gradient = Operand::new(gradient, images, classes).t();
-    product(&mut dw, false, gradient, Operand::new(features, images, channels));
+    let gradient = Operand::new(gradient, rows, classes).t();
+    product(&mut dw, false, gradient, Operand::new(features, rows, channels));
     dot(&dw, &dw).sqrt()
 }
 
@@ -282,9 +350,9 @@ impl Trainer<'_> {
         let first = self.step * self.settings.batch as u64;
         let positions = first..first + self.settings.batch as u64;
         let indices: Vec<usize> = positions.map(|p| self.order.at(p)).collect();
-        let (batch, targets) = self.images.batch(&indices, &self.network.normalization);
+        let (batch, _) = self.images.batch(&indices, &self.network.normalization);
         let forward = self.network.forward(&mut self.tape, &batch, Mode::Train);
-        let (figures, pull) = self.pull(&forward, &indices, &targets)?;
+        let (figures, pull) = self.pull(&forward, &indices)?;
         self.tape.backward_from(forward.logits, &pull);
         let values = self.network.parameters.iter().map(|p| p.value.len());
         let grads: Vec<Vec<f32>> = forward
@@ -302,15 +370,11 @@ impl Trainer<'_> {
     }
 
     /// The gradient at the logits, with what it is made of.
-    fn pull(
-        &mut self,
-        forward: &Forward,
-        indices: &[usize],
-        targets: &[u32],
-    ) -> Result<(EpochFigures, Vec<f32>)> {
+    fn pull(&mut self, forward: &Forward, indices: &[usize]) -> Result<(EpochFigures, Vec<f32>)> {
         let logits = self.tape.value(forward.logits).clone();
+        let goals = self.goals;
         let (task_loss, mut pull) =
-            loss_and_gradient(&mut self.losses, &logits, |t, z| Ok(t.cross_entropy(z, targets)))?;
+            loss_and_gradient(&mut self.losses, &logits, goals.task, indices)?;
         let norm = dot(&pull, &pull).sqrt();
         let mut figures = EpochFigures {
             task_loss,
@@ -318,23 +382,16 @@ impl Trainer<'_> {
             norms: [norm, 0.0],
             ..EpochFigures::default()
         };
-        if let Some((teaching, balancer)) = &mut self.teaching {
-            let classes = logits.shape()[1];
-            let cached = teaching.logits.data();
-            let rows = indices.iter().flat_map(|i| &cached[i * classes..][..classes]);
-            let teacher = Tensor::new([indices.len(), classes], rows.copied().collect());
-            let (loss, teacher) = (teaching.loss, Teacher::Logits(&teacher));
-            let given = Distillation { loss, teacher, targets, seqlen: 1 };
-            let (loss, mut other) = loss_and_gradient(&mut self.losses, &logits, |t, z| {
-                t.distill(z, &given).map_err(VisionError::from)
-            })?;
-            other.iter_mut().for_each(|g| *g *= teaching.scale as f32);
-            figures.teacher_loss = teaching.scale * loss;
+        if let (Some(teacher), Some(balancer)) = (goals.teacher, &mut self.balancer) {
+            let (loss, mut other) =
+                loss_and_gradient(&mut self.losses, &logits, teacher.loss, indices)?;
+            other.iter_mut().for_each(|g| *g *= teacher.scale as f32);
+            figures.teacher_loss = teacher.scale * loss;
             figures.norms[1] = dot(&other, &other).sqrt();
             let size = figures.norms[0] * figures.norms[1];
             figures.cosine = if size > 0.0 { dot(&pull, &other) / size } else { 0.0 };
             let features = self.tape.data(forward.features);
-            let at_head = |g: &[f32]| head_norm(g, features, indices.len());
+            let at_head = |g: &[f32]| head_norm(g, features, logits.shape()[0]);
             let norms = match balancer.needs() {
                 Needs::ParameterNorms => [at_head(&pull), at_head(&other)],
                 Needs::Losses | Needs::LogitNorms => figures.norms,

@@ -86,8 +86,28 @@ pub fn attention(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::PlainType;
+    use anybit_core::ActivationQuantizer;
     use anybit_core::rng::SplitMix64;
     use proptest::prelude::*;
+
+    /// Bits of stored values: f32, f16 or packed.
+    pub(super) const BITS: [u8; 6] = [32, 16, 8, 4, 3, 2];
+
+    /// `x` stored as rows of `cols` at `bits`, and the values that they have there.
+    pub(super) fn stored(x: &[f32], cols: usize, bits: u8) -> (KvRows, Vec<f32>) {
+        let quantizer = (bits <= 8).then(|| ActivationQuantizer {
+            half: true,
+            ..ActivationQuantizer::plain(cols, bits, bits == 4)
+        });
+        let plain = if bits == 32 { PlainType::F32 } else { PlainType::F16 };
+        let count = x.len() / cols;
+        let mut rows = KvRows::new(count, cols, quantizer.as_ref(), plain);
+        x.chunks_exact(cols).enumerate().for_each(|(row, x)| rows.store(row, x));
+        let mut scratch = vec![0.0; x.len()];
+        let values = rows.read(0..count, cols, &mut scratch).to_vec();
+        (rows, values)
+    }
 
     /// The scalar twin.
     pub(super) fn naive(q: &[f32], k: &[f32], v: &[f32], s: AttentionShape) -> Vec<f32> {
@@ -140,35 +160,40 @@ mod tests {
         }
     }
 
-    /// Rows in f16 give what f32 rows of their values give, bit for bit.
-    #[test]
-    fn half_rows_are_their_values() {
-        let shape = AttentionShape {
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 20,
-            capacity: 90,
-            start: 7,
-            window: Some(33),
-        };
-        let mut rng = SplitMix64::new(3);
-        let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
-        let q = normals(80 * shape.heads * shape.head_dim);
-        let count = shape.kv_heads * shape.capacity;
-        let mut stored = || {
-            let mut half = KvRows::new(count, shape.head_dim, None, crate::kv::PlainType::F16);
-            for row in 0..count {
-                half.store(row, &normals(shape.head_dim));
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        /// However keys and values are stored, prefill gives what their values give in f32, bit for
+        /// bit, and near what a query at a time gives.
+        #[test]
+        fn every_storage_is_its_values(kv_heads in 1usize..3, group in 1usize..4,
+                                       head_dim in 1usize..40, start in 0usize..40,
+                                       queries in 0usize..80,
+                                       window in prop::option::of(1usize..60),
+                                       key in 0usize..6, value in 0usize..6, seed in any::<u64>()) {
+            let capacity = start + queries + 1;
+            let heads = kv_heads * group;
+            let shape = AttentionShape { heads, kv_heads, head_dim, capacity, start, window };
+            let mut rng = SplitMix64::new(seed);
+            let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
+            let q = normals(queries * heads * head_dim);
+            let count = kv_heads * capacity * head_dim;
+            let (keys, k) = stored(&normals(count), head_dim, BITS[key]);
+            let (values, v) = stored(&normals(count), head_dim, BITS[value]);
+            let (k, v) = (KvRows::Plain(k), KvRows::Plain(v));
+            let (mut packed, mut plain) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
+            attention(&q, &keys, &values, shape, &mut packed);
+            attention(&q, &k, &v, shape, &mut plain);
+            prop_assert_eq!(&packed, &plain);
+            let width = heads * head_dim;
+            let mut one = vec![f32::NAN; width];
+            for (at, (q, out)) in q.chunks(width).zip(packed.chunks(width)).enumerate() {
+                let shape = AttentionShape { start: start + at, ..shape };
+                let query = |_| Query { q, keys: &keys, values: &values, shape };
+                attention_decode(1, query, &mut one);
+                for (a, b) in one.iter().zip(out) {
+                    prop_assert!((a - b).abs() < 5e-5 * (1.0 + b.abs()), "{a} {b}");
+                }
             }
-            let mut scratch = vec![0.0; count * shape.head_dim];
-            let plain = half.read(0..count, shape.head_dim, &mut scratch).to_vec();
-            (half, KvRows::Plain(plain))
-        };
-        let (keys, plain_keys) = stored();
-        let (values, plain_values) = stored();
-        let (mut half, mut plain) = (vec![0.0; q.len()], vec![0.0; q.len()]);
-        attention(&q, &keys, &values, shape, &mut half);
-        attention(&q, &plain_keys, &plain_values, shape, &mut plain);
-        assert_eq!(half, plain);
+        }
     }
 }

@@ -54,12 +54,17 @@ pub struct PackedWeight {
 
 impl PackedWeight {
     /// Brings `matrix` into kernel order. `None` for groups of columns that are not multiples of
-    /// 32 and for empty matrices, which the general path serves.
+    /// 32, for very long rows (over 32768 columns in groups) and for what is empty: the general
+    /// path serves them.
+    ///
+    /// # Panics
+    /// When planes do not tile the matrix, or the permutation of its rows is none.
     pub fn new(matrix: &QuantizedMatrix) -> Option<Self> {
         let (rows, cols) = matrix.shape();
         if rows * cols == 0 {
             return None;
         }
+        assert!(is_whole(matrix), "planes and permutation do not fit their matrix");
         let planes = matrix.planes.iter().map(TiledPlane::new).collect::<Option<_>>()?;
         let logical = matrix.row_perm.as_ref().map(|perm| {
             let mut logical = vec![0; rows];
@@ -102,6 +107,28 @@ impl PackedWeight {
         let groups = self.planes[..self.column_groups].iter().map(|p| p.cols);
         self.column_scale.is_none() && groups.eq(segments.iter().map(|s| s.cols))
     }
+}
+
+/// Whether planes tile the matrix and rows are permuted. Its constructors see to that, but its
+/// fields are open, and kernels write where these say.
+fn is_whole(matrix: &QuantizedMatrix) -> bool {
+    let (planes, groups) = (&matrix.planes, matrix.column_groups);
+    if groups == 0 || planes.is_empty() || !planes.len().is_multiple_of(groups) {
+        return false;
+    }
+    let widths = || planes[..groups].iter().map(|p| p.cols);
+    let aligned = planes.chunks_exact(groups).all(|own| {
+        own.iter().all(|p| p.rows == own[0].rows) && own.iter().map(|p| p.cols).eq(widths())
+    });
+    let height = planes.iter().step_by(groups).map(|p| p.rows).sum::<usize>();
+    let permuted = matrix.row_perm.as_ref().is_none_or(|perm| {
+        let mut seen = vec![false; matrix.rows];
+        let mut is_new = |slot: &u32| {
+            seen.get_mut(*slot as usize).is_some_and(|seen| !std::mem::replace(seen, true))
+        };
+        perm.len() == matrix.rows && perm.iter().all(&mut is_new)
+    });
+    aligned && permuted && (height, widths().sum::<usize>()) == (matrix.rows, matrix.cols)
 }
 
 impl RowSource for PackedWeight {
@@ -181,8 +208,9 @@ pub struct Scratch {
 /// with [`Input::Codes`] are exact integers until they are scaled.
 ///
 /// # Panics
-/// When a buffer's length does not fit, or codes come in other segments than
-/// [`PackedWeight::takes_codes`] accepts.
+/// When a buffer's length does not fit, weights take inputs of other lengths than each other, there
+/// are more than four products, or codes come in other segments than [`PackedWeight::takes_codes`]
+/// accepts.
 pub fn gemv(input: Input<'_>, products: &mut [Product<'_>], scratch: &mut Scratch) {
     gemv_on(isa(), SpinPool::global(), input, products, scratch);
 }
@@ -194,6 +222,10 @@ fn gemv_on(
     products: &mut [Product<'_>],
     scratch: &mut Scratch,
 ) {
+    assert!(products.len() <= MOST, "more than {MOST} products of one input");
+    if products.is_empty() {
+        return;
+    }
     let operands: usize = products.iter().map(|p| p.weight.column_groups).sum();
     let planes: usize = products.iter().map(|p| p.weight.planes.len()).sum();
     scratch.operands.resize_with(operands.max(scratch.operands.len()), Operand::default);
@@ -202,12 +234,12 @@ fn gemv_on(
     let tokens = scratch.operands[0].tokens;
     let mut jobs = Jobs { isa, parts: [const { None }; MOST], tokens };
     let (mut operands, mut initial) = (&scratch.operands[..], &scratch.initial[..]);
-    assert!(products.len() <= MOST, "more than {MOST} products of one input");
     for (part, product) in jobs.parts.iter_mut().zip(products.iter_mut()) {
         let weight = product.weight;
         assert_eq!(product.y.len(), tokens * weight.rows, "output has another shape");
         assert!(product.bias.is_none_or(|b| b.len() == weight.rows), "bias has another length");
         let (own, rest) = operands.split_at(weight.column_groups);
+        assert!(own.iter().all(|x| x.tokens == tokens), "inputs of other lengths");
         let (initials, others) = initial.split_at(weight.planes.len());
         let (bias, y) = (product.bias, DisjointMut::new(product.y));
         *part = Some(Part { weight, bias, y, operands: own, initial: initials });
@@ -235,7 +267,9 @@ fn prepare(input: Input<'_>, products: &[Product<'_>], scratch: &mut Scratch) {
                     operand.fill(x, weight.cols, (first, cols), factors);
                 }
                 Input::Codes(x) => {
-                    let own = weight.column_scale.is_none() && x.segments.get(group) == Some(&cols);
+                    let own = weight.column_scale.is_none()
+                        && x.segments.len() == weight.column_groups
+                        && x.segments[group] == cols;
                     assert!(own, "inputs have other segments");
                     operand.fill_codes(x, group, (first, cols));
                 }

@@ -21,6 +21,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::lines::Lines;
+use super::operand::RUN;
 
 /// Columns of a block.
 pub(super) const BLOCK: usize = 64;
@@ -28,7 +29,8 @@ pub(super) const BLOCK: usize = 64;
 /// doubled, add up in an i32. As fine as an f16 of the table's largest.
 const CENTROID: f32 = 2047.0;
 
-/// Most halves of blocks of a row with groups.
+/// Most parts of a row that have parameters of their own: halves of blocks, or runs where a row has
+/// a zero point.
 pub(super) const MOST_PARTS: usize = 1024;
 
 /// Columns that share a scale.
@@ -180,9 +182,14 @@ pub(super) fn unpack_block(bytes: &[u8], bits: usize, codes: &mut [u8; BLOCK]) {
 }
 
 impl TiledPlane {
-    /// `None` for groups that are not whole halves of blocks, and for more than [`MOST_PARTS`].
+    /// `None` for groups that are not whole halves of blocks, for more than [`MOST_PARTS`], and for
+    /// planes without columns.
     pub fn new(plane: &Plane) -> Option<Self> {
         let (rows, cols, bits) = (plane.rows, plane.cols, plane.grid.bits());
+        // A plane's fields are open: with other bits kernels would read behind its codes.
+        if cols == 0 || plane.grid.validate(cols).is_err() {
+            return None;
+        }
         let groups = plane.grid.groups(cols);
         let grouping = match plane.grid.group_size() {
             _ if groups <= 1 => Grouping::Row,
@@ -191,7 +198,12 @@ impl TiledPlane {
             _ => return None,
         };
         let blocks = cols.div_ceil(BLOCK);
-        if grouping != Grouping::Row && 2 * blocks > MOST_PARTS {
+        let parts = match grouping {
+            Grouping::Row if plane.grid.has_zeros() => blocks.div_ceil(RUN),
+            Grouping::Row => 0,
+            Grouping::Blocks(_) | Grouping::Halves(_) => 2 * blocks,
+        };
+        if parts > MOST_PARTS {
             return None;
         }
         let mut codes = Lines::zeros(rows * blocks * 8 * bits as usize);

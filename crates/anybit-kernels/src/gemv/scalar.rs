@@ -50,7 +50,8 @@ pub(super) fn row(plane: &TiledPlane, row: usize, x: &Operand, token: usize) -> 
         };
         sum += match halves {
             true => integers[0] as f32 * scale(0) + integers[1] as f32 * scale(1),
-            false => (integers[0] + integers[1]) as f32 * scale(0),
+            // Either half fits as tightly as a vector's lane does, both together do not.
+            false => (integers[0] as i64 + integers[1] as i64) as f32 * scale(0),
         };
     }
     sum * unit(plane, row)

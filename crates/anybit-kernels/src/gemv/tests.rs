@@ -50,6 +50,14 @@ fn exact(x: &[f32], w: &Matrix, bias: Option<&[f32]>) -> Vec<(f64, f64)> {
         .collect()
 }
 
+/// A bound of what an entry of a table is worth. A centroid has twelve bits of its table's largest,
+/// which no weight may take.
+fn largest_value(matrix: &QuantizedMatrix) -> f64 {
+    let halves = matrix.planes[0].scales.iter().chain(&matrix.planes[0].table);
+    let largest = halves.fold(1f64, |m, h| m.max(h.to_f64().abs()));
+    largest * largest
+}
+
 fn run(
     isa: Isa,
     threads: usize,
@@ -86,11 +94,9 @@ proptest! {
         prop_assert_eq!(&back, &decoded.data);
         let x: Vec<f32> = (0..tokens * cols).map(|_| rng.normal() as f32).collect();
         let want = exact(&x, &decoded, None);
-        // A centroid has twelve bits of its table's largest, which no weight may take.
-        let halves = matrix.planes[0].scales.iter().chain(&matrix.planes[0].table);
-        let largest = halves.fold(1f64, |m, h| m.max(h.to_f64().abs()));
+        let centroids = largest_value(&matrix);
         let sizes = x.chunks(cols).map(|x| x.iter().map(|x| x.abs() as f64).sum::<f64>());
-        let sizes: Vec<f64> = sizes.map(|s| s * largest * largest).collect();
+        let sizes: Vec<f64> = sizes.map(|size| size * centroids).collect();
         for isa in Isa::available() {
             let y = run(isa, 1, Input::Values(&x), &weight, tokens);
             prop_assert_eq!(y.len(), want.len());
@@ -168,7 +174,7 @@ fn mixed_rows_columns_and_companies() {
 
     let bias: Vec<f32> = (0..rows).map(|_| rng.normal() as f32).collect();
     let x: Vec<f32> = (0..6 * cols).map(|_| rng.normal() as f32).collect();
-    let both = |threads: usize, tokens: usize| {
+    let both = |isa: Isa, threads: usize, tokens: usize| {
         let (mut a, mut b) = (vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * 33]);
         let mut products = [
             Product { weight: &mixed, bias: Some(&bias), y: &mut a },
@@ -176,20 +182,154 @@ fn mixed_rows_columns_and_companies() {
         ];
         let input = Input::Values(&x[..tokens * cols]);
         let pool = SpinPool::new(threads);
-        gemv_on(isa(), &pool, input, &mut products, &mut Scratch::default());
+        gemv_on(isa, &pool, input, &mut products, &mut Scratch::default());
         (a, b)
     };
-    let (a, b) = both(1, 6);
-    for (y, w, bias) in [(&a, &decoded[0], Some(&bias[..])), (&b, &decoded[1], None)] {
-        for (y, (want, size)) in y.iter().zip(exact(&x, w, bias)) {
-            assert!((*y as f64 - want).abs() <= 3e-4 * (size + 1.0), "{y} {want}");
+    for isa in Isa::available() {
+        let (a, b) = both(isa, 1, 6);
+        for (y, w, bias) in [(&a, &decoded[0], Some(&bias[..])), (&b, &decoded[1], None)] {
+            for (y, (want, size)) in y.iter().zip(exact(&x, w, bias)) {
+                assert!((*y as f64 - want).abs() <= 3e-4 * (size + 1.0), "{y} {want}");
+            }
+        }
+        assert_eq!(both(isa, 3, 6), (a.clone(), b.clone()));
+        for tokens in 0..6 {
+            let (fewer, rest) = both(isa, 2, tokens);
+            assert_eq!(fewer, a[..tokens * rows], "{tokens}");
+            assert_eq!(rest, b[..tokens * 33], "{tokens}");
         }
     }
-    assert_eq!(both(3, 6), (a.clone(), b.clone()));
-    for tokens in 1..6 {
-        let (fewer, rest) = both(2, tokens);
-        assert_eq!(fewer, a[..tokens * rows], "{tokens}");
-        assert_eq!(rest, b[..tokens * 33], "{tokens}");
+}
+
+/// One column to one more than a run, around every border of vectors, halves, blocks and runs; one
+/// row and one more than a kernel takes; no token to one more than share an unpacking.
+#[test]
+fn corners_of_every_width() {
+    let mut rng = SplitMix64::new(7);
+    let shapes = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257];
+    for bits in 1..=8u8 {
+        for (at, cols) in shapes.into_iter().enumerate() {
+            let rows = [1, ROWS + 1, ROWS][at % 3];
+            for kind in 0..5usize {
+                let bits = if kind == 0 { bits.max(2) } else { bits };
+                let group = [None, Some(32), Some(64)][(at + kind) % 3].filter(|g| *g <= cols);
+                let plane = random_plane(grid(kind, bits, group), rows, cols, &mut rng);
+                let mut scale = || f16::from_f64(0.8 + 0.4 * rng.uniform());
+                let scale: Vec<f16> = (0..cols).map(|_| scale()).collect();
+                let scale = (at % 2 == 1).then_some(scale);
+                let matrix =
+                    QuantizedMatrix::from_planes((rows, cols), vec![plane], 1, scale, None);
+                let matrix = matrix.unwrap();
+                let weight = PackedWeight::new(&matrix).unwrap();
+                let decoded = matrix.dequantize();
+                let mut back = vec![0.0; rows * cols];
+                weight.read_rows(0..rows, &mut back);
+                assert_eq!(back, decoded.data, "{kind} {bits} {cols}");
+                let tokens = [0, 1, 2, TOKENS, TOKENS + 1][(at + bits as usize) % 5];
+                let x: Vec<f32> = (0..tokens * cols).map(|_| rng.normal() as f32).collect();
+                let want = exact(&x, &decoded, None);
+                let centroids = largest_value(&matrix);
+                let sizes = x.chunks(cols).map(|x| x.iter().map(|x| x.abs() as f64).sum::<f64>());
+                let sizes: Vec<f64> = sizes.map(|size| size * centroids).collect();
+                let mut fastest = None;
+                for isa in Isa::available() {
+                    let y = run(isa, 1, Input::Values(&x), &weight, tokens);
+                    assert_eq!(y.len(), want.len());
+                    for (i, (y, (want, size))) in y.iter().zip(&want).enumerate() {
+                        let error = (*y as f64 - want).abs();
+                        // Column scales widen the bounds of the test above.
+                        let bound = if kind < 3 { 1e-4 * size } else { 5e-4 * sizes[i / rows] };
+                        assert!(error <= bound + 1e-6, "{kind} {bits} {cols}: {y} {want}");
+                    }
+                    // Vectors of the same lanes, exact integers: the same bits.
+                    if isa > Isa::Scalar {
+                        assert_eq!(*fastest.get_or_insert_with(|| y.clone()), y);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Every product as large as it can be, all of one sign: sums of integers just fit.
+#[test]
+fn the_largest_sums_fit() {
+    let (rows, cols, tokens) = (3, 4 * BLOCK * RUN + 40, 5);
+    for kind in [1, 2, 3, 4] {
+        for bits in [1, 4, 8] {
+            for group in [None, Some(32), Some(128)] {
+                let mut plane = Plane::empty(grid(kind, bits, group), rows, cols).unwrap();
+                let codes = vec![((1u32 << bits) - 1) as u8; cols];
+                let words = anybit_core::bitstream::words_per_row(cols, bits);
+                for row in plane.codes.chunks_exact_mut(words) {
+                    anybit_core::bitstream::pack_row(&codes, bits, row);
+                }
+                plane.scales.fill(f16::ONE);
+                plane.exact_scales.fill(1.0);
+                plane.table.fill(f16::ONE);
+                let matrix = QuantizedMatrix::single(plane);
+                let weight = PackedWeight::new(&matrix).unwrap();
+                for value in [1f32, -1.0] {
+                    let x = vec![value; tokens * cols];
+                    let want = exact(&x, &matrix.dequantize(), None);
+                    for isa in Isa::available() {
+                        let y = run(isa, 1, Input::Values(&x), &weight, tokens);
+                        for (y, (want, size)) in y.iter().zip(&want) {
+                            let error = (*y as f64 - want).abs();
+                            assert!(error <= 1e-4 * size, "{isa:?} {kind} {bits}: {y} {want}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn vectors_unpack_what_the_scalar_twin_does() {
+    if !Isa::Avx2.detected() {
+        return;
+    }
+    let mut rng = SplitMix64::new(8);
+    for bits in 1..=8u8 {
+        for _ in 0..20 {
+            // No byte more than a block has, so that a sanitizer sees one that is read too many.
+            let bytes: Vec<u8> = (0..8 * bits as usize).map(|_| rng.next_u64() as u8).collect();
+            let (mut fast, mut slow) = ([0; BLOCK], [0; BLOCK]);
+            // SAFETY: just asked for.
+            unsafe { x86::unpack_codes(&bytes, bits, &mut fast) };
+            plane::unpack_block(&bytes, bits as usize, &mut slow);
+            assert_eq!(fast, slow, "{bits} bits");
+        }
+    }
+}
+
+/// Zero points per row are spread over a row's runs, for which there is room up to a length.
+#[test]
+fn very_long_rows_are_left_to_the_general_path() {
+    let most = plane::MOST_PARTS * BLOCK * RUN;
+    for (grid, cols) in [
+        (grid(1, 1, None), most),
+        (grid(1, 1, Some(64)), plane::MOST_PARTS * BLOCK / 2),
+        (grid(0, 2, None), most + 1),
+    ] {
+        let mut plane = Plane::empty(grid, 1, cols).unwrap();
+        plane.scales.fill(f16::ONE);
+        let weight = PackedWeight::new(&QuantizedMatrix::single(plane)).unwrap();
+        let x = vec![0.5; cols];
+        // All codes are zero, and where it is stored so is the zero point.
+        let want = if grid.has_zeros() { 0.0 } else { -grid.implied_zero() * 0.5 * cols as f32 };
+        for isa in Isa::available() {
+            let y = run(isa, 1, Input::Values(&x), &weight, 1)[0];
+            assert!((y - want).abs() <= 1e-4 * want.abs(), "{isa:?} {cols}: {y} {want}");
+        }
+    }
+    for (grid, cols) in
+        [(grid(1, 1, None), most + 1), (grid(0, 2, Some(32)), plane::MOST_PARTS * BLOCK / 2 + 1)]
+    {
+        let plane = Plane::empty(grid, 1, cols).unwrap();
+        assert!(PackedWeight::new(&QuantizedMatrix::single(plane)).is_none());
     }
 }
 
@@ -211,4 +351,70 @@ fn odd_groups_are_left_to_the_general_path() {
     let mut rng = SplitMix64::new(6);
     let matrix = QuantizedMatrix::single(random_plane(grid(0, 4, Some(24)), 5, 96, &mut rng));
     assert!(PackedWeight::new(&matrix).is_none());
+}
+
+/// What is taken apart without another look has to be whole.
+#[test]
+fn broken_matrices_are_refused() {
+    let whole = |rows| {
+        let mut rng = SplitMix64::new(9);
+        QuantizedMatrix::single(random_plane(grid(0, 4, None), rows, 64, &mut rng))
+    };
+    let refused = |matrix: QuantizedMatrix| {
+        let new = std::panic::AssertUnwindSafe(|| PackedWeight::new(&matrix).is_some());
+        assert!(std::panic::catch_unwind(new).is_err());
+    };
+    assert!(PackedWeight::new(&whole(4)).is_some());
+    refused(QuantizedMatrix { rows: 3, ..whole(4) });
+    refused(QuantizedMatrix { cols: 32, ..whole(4) });
+    refused(QuantizedMatrix { column_groups: 0, ..whole(4) });
+    refused(QuantizedMatrix { planes: Vec::new(), ..whole(4) });
+    for perm in [vec![0, 0, 1, 2], vec![0, 1, 2, 4], vec![0, 1, 2], vec![0, 1, 2, 3, 3]] {
+        refused(QuantizedMatrix { row_perm: Some(perm), ..whole(4) });
+    }
+    let mut none = whole(4);
+    none.planes[0].grid = GridSpec::Uniform { bits: 0, symmetric: true, group_size: None };
+    none.planes[0].codes.clear();
+    assert!(PackedWeight::new(&none).is_none());
+    // A part of a row without columns: such files can be written.
+    let empty = Plane::empty(grid(1, 4, None), 4, 0).unwrap();
+    let planes = vec![whole(4).planes.remove(0), empty];
+    let parts = QuantizedMatrix::from_planes((4, 64), planes, 2, None, None).unwrap();
+    assert!(PackedWeight::new(&parts).is_none());
+}
+
+#[test]
+#[should_panic(expected = "inputs of other lengths")]
+fn products_share_one_input() {
+    let mut rng = SplitMix64::new(10);
+    let mut weight = |cols| {
+        let plane = random_plane(grid(0, 4, None), 2, cols, &mut rng);
+        PackedWeight::new(&QuantizedMatrix::single(plane)).unwrap()
+    };
+    let (long, short) = (weight(64), weight(32));
+    let (mut a, mut b) = ([0.0; 2], [0.0; 2]);
+    let mut products = [
+        Product { weight: &long, bias: None, y: &mut a },
+        Product { weight: &short, bias: None, y: &mut b },
+    ];
+    gemv(Input::Values(&[1.0; 64]), &mut products, &mut Scratch::default());
+}
+
+#[test]
+#[should_panic(expected = "inputs have other segments")]
+fn codes_of_more_segments_are_refused() {
+    let mut rng = SplitMix64::new(11);
+    let plane = random_plane(grid(0, 4, None), 2, 64, &mut rng);
+    let weight = PackedWeight::new(&QuantizedMatrix::single(plane)).unwrap();
+    let mut codes = QuantizedRows::default();
+    let quantizer = ActivationQuantizer::tiered(96, 4, 32, 8, true);
+    crate::quantize_rows(&quantizer, &[1.0; 96], &mut codes);
+    let mut y = [0.0; 2];
+    let mut products = [Product { weight: &weight, bias: None, y: &mut y }];
+    gemv(Input::Codes(&codes), &mut products, &mut Scratch::default());
+}
+
+#[test]
+fn nothing_is_multiplied_where_there_are_no_products() {
+    gemv(Input::Values(&[1.0; 3]), &mut [], &mut Scratch::default());
 }

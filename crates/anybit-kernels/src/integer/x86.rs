@@ -1,6 +1,5 @@
-//! Dot products of unsigned and signed bytes with AVX2 and AVX-512 VNNI.
-
-//! Dot products with vector instructions: 32 (AVX2) or 64 (AVX-512) columns at a time.
+//! Dot products of unsigned and signed bytes with vector instructions: 16 or 32 (AVX2) or 64
+//! (AVX-512 VNNI) columns at a time.
 
 use std::arch::x86_64::*;
 

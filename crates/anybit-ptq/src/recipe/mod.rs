@@ -321,12 +321,6 @@ impl Recipe {
         own.map(|(_, bits)| *bits).or(self.a_bits).unwrap_or(UNQUANTIZED)
     }
 
-    /// Whether activations or cache are quantized.
-    pub fn quantizes_activations(&self) -> bool {
-        let some = |bits: Option<u8>| bits.is_some_and(|b| b != UNQUANTIZED);
-        some(self.a_bits) || some(self.kv_bits) || !self.sites.is_empty()
-    }
-
     /// Parses `KEY=VALUE` of `--set` into the method's options, `transform.KEY=VALUE` into those of
     /// the transform.
     ///

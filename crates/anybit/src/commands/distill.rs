@@ -10,13 +10,15 @@ use super::train;
 /// The section names teachers (checkpoints with the student's tokenizer), the loss between them and
 /// the student, and the balancer that weighs it against the loss of the text; GoR, which learns both
 /// weights, is the default. The student is what the section model says: random, a checkpoint, or a
-/// quantized one.
+/// quantized one. Teachers run beside it, or with distill.cache once: their likeliest tokens are
+/// kept on disk for every run with the same teachers and texts.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   anybit distill gor.toml
   anybit distill gor.toml --set distill.balancer.type=fixed --out runs/fixed
-  anybit distill gor.toml --set 'distill.loss={ type = \"reverse_kl\" }'")]
+  anybit distill gor.toml --set 'distill.loss={ type = \"reverse_kl\" }'
+  anybit distill gor.toml --set distill.cache.dir=teachers --set distill.cache.max_bytes=2GiB")]
 pub struct Args {
     #[command(flatten)]
     train: train::Args,

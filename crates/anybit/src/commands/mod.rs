@@ -6,6 +6,7 @@ mod bench_train;
 mod completions;
 mod convert;
 mod demo;
+mod detector;
 mod distill;
 mod doctor;
 mod eval;
@@ -59,6 +60,7 @@ enum Command {
     Train(train::Args),
     Distill(distill::Args),
     DistillVision(vision::Args),
+    DistillDetector(detector::Args),
     BenchTrain(bench_train::Args),
     Scaling(scaling::Args),
     Doctor(doctor::Args),
@@ -105,6 +107,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Train(args) => train::run(args, &terminal),
         Command::Distill(args) => distill::run(args, &terminal),
         Command::DistillVision(args) => vision::run(args, &terminal),
+        Command::DistillDetector(args) => detector::run(args, &terminal),
         Command::BenchTrain(args) => bench_train::run(args, &terminal),
         Command::Scaling(args) => scaling::run(args, &terminal),
         Command::Doctor(args) => doctor::run(args, &terminal),
@@ -121,5 +124,21 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn models_and_shapes_are_made_by_one_command() {
+        let parses = |args: &str| Cli::try_parse_from(args.split(' ')).is_ok();
+        assert!(parses("anybit synth --preset tiny -o x --seed 3"));
+        assert!(parses("anybit synth shapes -o x --train 20 --test 5 --size 32 --seed 3"));
+        for args in [
+            "anybit synth",
+            "anybit synth --preset tiny",
+            "anybit synth -o x",
+            "anybit synth shapes",
+            "anybit synth --preset tiny -o x shapes -o y",
+        ] {
+            assert!(!parses(args), "{args}");
+        }
     }
 }

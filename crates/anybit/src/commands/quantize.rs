@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anybit::io::Checkpoint;
+use anybit::io::size::parse_size;
 use anybit::ptq::{Count, Event, Plan, Recipe};
 use anybit::quantize::{Options, Outcome};
 use anybit::{Error, Result, machine};
@@ -143,28 +144,6 @@ impl Args {
         }
         r.validate()?;
         Ok(r)
-    }
-}
-
-/// Bytes, with a unit of 1000 (kB, MB, GB) or 1024 (KiB, MiB, GiB) if wanted.
-fn parse_size(text: &str) -> std::result::Result<u64, String> {
-    let at = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(at);
-    let factor = match unit {
-        "" | "B" => 1.0,
-        "kB" | "KB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "KiB" => 1024.0,
-        "MiB" => 1024.0 * 1024.0,
-        "GiB" => 1024.0 * 1024.0 * 1024.0,
-        _ => return Err(format!("unknown unit {unit:?}; use B, kB, MB, GB, KiB, MiB or GiB")),
-    };
-    let number: f64 = number.trim().parse().map_err(|_| format!("{number:?} is no number"))?;
-    let bytes = number * factor;
-    match (1.0..1e18).contains(&bytes) {
-        true => Ok(bytes as u64),
-        false => Err("a size is at least one byte".into()),
     }
 }
 

@@ -68,7 +68,7 @@ pub fn run_recipe(args: Args, terminal: &Terminal, teachers: bool) -> Result<()>
         recipe.out = out;
     }
     let options = RunOptions { resume: args.resume, force: args.force };
-    let mut view = View { terminal, bar: None };
+    let mut view = View { terminal, bar: None, teaching: None };
     let report = train(&recipe, options, &mut |event| view.show(event))?;
     if let Some(path) = &args.json {
         write_json(path, &report)?;
@@ -84,6 +84,8 @@ pub fn run_recipe(args: Args, terminal: &Terminal, teachers: bool) -> Result<()>
 struct View<'a> {
     terminal: &'a Terminal,
     bar: Option<ProgressBar>,
+    /// While teachers' outputs are computed for a cache.
+    teaching: Option<ProgressBar>,
 }
 
 impl View<'_> {
@@ -93,6 +95,16 @@ impl View<'_> {
                 let bar =
                     self.bar.get_or_insert_with(|| self.terminal.byte_bar("tokenizing", total));
                 bar.set_position(done);
+            }
+            Event::Teaching(done, total) => {
+                if let Some(bar) = self.bar.take() {
+                    bar.finish_and_clear();
+                }
+                let bar = self.teaching.get_or_insert_with(|| self.terminal.bar("teaching", total));
+                bar.set_position(done);
+                if done == total {
+                    bar.finish_and_clear();
+                }
             }
             Event::Start { step, steps, tokens, parameters } => {
                 if let Some(bar) = self.bar.take() {

@@ -84,7 +84,7 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     Ok(())
 }
 
-fn show(bar: &ProgressBar, name: &str, done: u64, of: u64) {
+pub(super) fn show(bar: &ProgressBar, name: &str, done: u64, of: u64) {
     bar.set_length(of);
     bar.set_position(done);
     bar.set_message(name.to_string());
@@ -97,7 +97,7 @@ fn written(args: &Args, report: &impl serde::Serialize) -> Result<bool> {
     Ok(path.as_os_str() == "-")
 }
 
-fn percent(value: f64) -> String {
+pub(super) fn percent(value: f64) -> String {
     format!("{:.2}%", 100.0 * value)
 }
 

@@ -38,6 +38,13 @@ weights = { type = "quest", bits = 4, hadamard = 32 }
 activations = { type = "quest", bits = 4, hadamard = 32 }
 "#;
 
+/// A recipe of 24 steps with teachers; `quantizer` is that section's body, `more` stands in the
+/// section distill.
+pub fn distilled(quantizer: &str, teachers: &str, more: &str) -> String {
+    format!("{}\n[distill]\nteachers = [{teachers}]\n{more}", recipe(quantizer, "steps = 24"))
+        .replace("tokenizer = { vocab_size = 300 }", "tokenizer = \"teacher/model\"")
+}
+
 /// A folder with the text and `recipe.toml`.
 pub fn lab(recipe: &str) -> Lab {
     let lab = Lab::empty();

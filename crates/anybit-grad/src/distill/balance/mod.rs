@@ -22,6 +22,8 @@ pub mod dwa;
 pub mod fixed;
 pub mod gor;
 pub mod gradnorm;
+#[cfg(test)]
+mod invariants;
 mod learned;
 pub mod logit_gradient;
 mod spec;

@@ -74,6 +74,28 @@ impl TopK {
         Self { k, ids, log_probs, tail: Vec::with_capacity(tokens), temperature }
     }
 
+    /// Adds the positions of another.
+    ///
+    /// # Panics
+    /// When `k` or the temperature differs.
+    pub(crate) fn extend(&mut self, other: &Self) {
+        let same = self.k == other.k && self.temperature == other.temperature;
+        assert!(same, "likeliest tokens of two kinds");
+        self.ids.extend_from_slice(&other.ids);
+        self.log_probs.extend_from_slice(&other.log_probs);
+        self.tail.extend_from_slice(&other.tail);
+    }
+
+    /// Takes the first positions out, all when there are fewer.
+    pub(crate) fn take_front(&mut self, tokens: usize) -> Self {
+        let tokens = tokens.min(self.tokens());
+        let tail = self.tail.split_off(tokens);
+        let (ids, log_probs) =
+            (self.ids.split_off(tokens * self.k), self.log_probs.split_off(tokens * self.k));
+        let rest = Self { ids, log_probs, tail, ..*self };
+        std::mem::replace(self, rest)
+    }
+
     /// Positions.
     pub fn tokens(&self) -> usize {
         self.tail.len()
@@ -310,6 +332,18 @@ mod tests {
         top.temperature = 2.0;
         top.ids[2] = 7;
         says(Teacher::TopK(&top), 5, 40, ["temperature 2", "1"]);
+    }
+
+    #[test]
+    fn positions_are_put_together_and_taken_apart() {
+        let all = TopK::from_logits(&random(7, [9, 20]), 4, 2.0);
+        let mut rest = all.clone();
+        let mut parts: Vec<TopK> = [0, 2, 5].map(|tokens| rest.take_front(tokens)).to_vec();
+        assert_eq!(parts.iter().map(TopK::tokens).collect::<Vec<_>>(), [0, 2, 5]);
+        parts.push(rest.take_front(99));
+        assert_eq!((parts[3].tokens(), rest.tokens()), (2, 0));
+        parts.iter().for_each(|part| rest.extend(part));
+        assert_eq!(rest, all);
     }
 
     #[test]

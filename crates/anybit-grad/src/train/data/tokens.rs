@@ -141,6 +141,11 @@ impl TokenFile {
         &self.header.key
     }
 
+    /// blake3 of the tokens, in hexadecimal.
+    pub fn hash(&self) -> &str {
+        &self.header.hash
+    }
+
     /// Tokens.
     pub fn len(&self) -> usize {
         self.header.tokens

@@ -5,6 +5,7 @@
 //! are redrawn follows from the seed. Called by the trainer.
 
 mod cifar;
+mod folder;
 mod idx;
 
 use std::path::Path;
@@ -14,6 +15,7 @@ use anybit_io::IoError;
 use serde::{Deserialize, Serialize};
 
 pub use cifar::read_cifar10;
+pub use folder::read_folder;
 pub use idx::read_idx;
 
 use super::ops::Shape;

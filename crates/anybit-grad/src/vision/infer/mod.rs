@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 use self::codes::{Codes, InputGrid, PixelCodes};
 use super::data::{Images, Normalization};
-use super::model::{Architecture, ConvLayer, Step};
+use super::model::{Architecture, ConvLayer, End, Step};
 use super::network::{EVALUATION_BATCH, Network};
 use super::ops::{Conv, NORM_EPSILON, Shape, Window, pad};
 use super::quantize::Operand;
@@ -85,14 +85,14 @@ impl IntegerNetwork {
         })
     }
 
-    /// Logits of all images, `[images, classes]`.
+    /// Logits of all images, in the shape of [`Network::logits`].
     pub fn logits(&self, images: &Images) -> Tensor {
         let indices: Vec<usize> = (0..images.count()).collect();
         let batches = indices.chunks(EVALUATION_BATCH);
         let logits =
             batches.flat_map(|part| self.forward(&images.batch(part, &self.normalization).0));
         let logits: Vec<f32> = logits.collect();
-        Tensor::new([images.count(), self.architecture.classes], logits)
+        Tensor::new([logits.len() / self.architecture.classes, self.architecture.classes], logits)
     }
 
     /// Logits of `images`, a matrix of pixels.
@@ -124,9 +124,12 @@ impl IntegerNetwork {
             };
             values.push(value);
         }
-        let last = self.architecture.last;
-        let pooled = mean_over_pixels(&values[self.architecture.steps.len()], last);
-        self.layers[self.architecture.layers.len()].convolve(&self.architecture.head(), &pooled)
+        let last = values.pop().unwrap_or_default();
+        let seen = match self.architecture.end {
+            End::Pooled => mean_over_pixels(&last, self.architecture.last),
+            End::Cells => last,
+        };
+        self.layers[self.architecture.layers.len()].convolve(&self.architecture.head(), &seen)
     }
 }
 

@@ -10,6 +10,7 @@
 //! | `norm` | batch normalization | `x`, `γ`, moments |
 //! | `relu` | `max(x, 0)` | `x` |
 //! | `pool` | mean over the pixels of an image | – |
+//! | `select` | some of the columns | – |
 //!
 //! Work is cut by images, as many as fit a cache, and partial sums are added in their order: the
 //! same bits on any number of threads.
@@ -20,6 +21,7 @@ mod norm;
 mod pad;
 mod pool;
 mod relu;
+mod select;
 
 pub(super) use conv::Conv;
 pub use norm::{Moments, NORM_EPSILON};
