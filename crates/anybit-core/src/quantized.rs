@@ -177,7 +177,7 @@ impl Plane {
         let table = to_f32(&self.table);
         let group_len = self.grid.group_len(self.cols);
         for (g, out) in out.chunks_mut(group_len).enumerate() {
-            let (scale, zero) = self.group(row, g);
+            let (scale, zero) = (self.scale(row, g), self.zero(row, g));
             match self.grid {
                 GridSpec::SharedCodebook { .. } => {
                     self.decode_codes(row, g * group_len, out, |u| table[u as usize] * scale);
@@ -196,17 +196,16 @@ impl Plane {
         }
     }
 
-    /// Scale and zero point of a group.
-    fn group(&self, row: usize, g: usize) -> (f32, f32) {
-        let (bits, groups) = (self.grid.bits(), self.grid.groups(self.cols));
-        let scale = self.scale(row, g);
+    /// Zero point of a group, stored or implied; 0 for codebooks.
+    pub fn zero(&self, row: usize, group: usize) -> f32 {
         if !self.grid.has_zeros() {
-            return (scale, self.grid.implied_zero());
+            return self.grid.implied_zero();
         }
+        let (bits, groups) = (self.grid.bits(), self.grid.groups(self.cols));
         let words = words_per_row(groups, bits);
         let mut zero = [0u8];
-        unpack_row(&self.zeros[row * words..(row + 1) * words], bits, g, &mut zero);
-        (scale, zero[0] as f32)
+        unpack_row(&self.zeros[row * words..(row + 1) * words], bits, group, &mut zero);
+        zero[0] as f32
     }
 
     /// Decodes the codes from column `start` on.

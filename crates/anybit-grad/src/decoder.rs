@@ -74,9 +74,19 @@ impl TrainBlock {
     /// # Errors
     /// What the checkpoint reports; values that are not finite.
     pub fn load(checkpoint: &Checkpoint, layer: usize) -> Result<Self> {
+        Self::load_without(checkpoint, layer, &|_| false)
+    }
+
+    /// [`Self::load`] without the parameters that `skip` names, by Hugging Face name.
+    fn load_without(
+        checkpoint: &Checkpoint,
+        layer: usize,
+        skip: &dyn Fn(&str) -> bool,
+    ) -> Result<Self> {
         let prefix = format!("model.layers.{layer}.");
         let mut params = BTreeMap::new();
-        for (name, shape) in checkpoint.config.block_tensors(layer) {
+        let tensors = checkpoint.config.block_tensors(layer).into_iter();
+        for (name, shape) in tensors.filter(|(name, _)| !skip(name)) {
             let tensor = load_tensor(checkpoint, &name, &shape)?;
             params.insert(name.strip_prefix(&prefix).unwrap_or(&name).to_string(), tensor);
         }
@@ -270,9 +280,22 @@ impl TrainDecoder {
     /// # Errors
     /// What the checkpoint reports; values that are not finite.
     pub fn load(checkpoint: &Checkpoint, positions: usize) -> Result<Self> {
+        Self::load_without(checkpoint, positions, &|_| false)
+    }
+
+    /// [`Self::load`] without the weights of blocks that `skip` names, by Hugging Face name: those
+    /// that somebody else puts among the [`BlockVars`] before the forward pass.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_without(
+        checkpoint: &Checkpoint,
+        positions: usize,
+        skip: &dyn Fn(&str) -> bool,
+    ) -> Result<Self> {
         let config = checkpoint.config.clone();
         let blocks = (0..config.num_layers)
-            .map(|layer| TrainBlock::load(checkpoint, layer))
+            .map(|layer| TrainBlock::load_without(checkpoint, layer, skip))
             .collect::<Result<_>>()?;
         let table = [config.vocab_size, config.hidden_size];
         let embedding = load_tensor(checkpoint, "model.embed_tokens.weight", &table)?;

@@ -243,6 +243,15 @@ impl Checkpoint {
         }
     }
 
+    /// Every stored tensor by name, the parts of packed ones included; none of a GGUF file.
+    pub fn raw_tensors(&self) -> impl Iterator<Item = (&String, &RawTensor)> {
+        let raw = match &self.source {
+            Source::Folder { raw, .. } => Some(raw),
+            Source::Gguf { .. } => None,
+        };
+        raw.into_iter().flatten()
+    }
+
     /// A weight matrix, packed or not.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //! widths, and each compared with the original on a text that none of them has seen.
 
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::Instant;
 
 use anybit_eval::report::training::table_plot;
@@ -66,7 +67,7 @@ pub struct Row {
     pub kl: Option<f64>,
     /// Perplexity.
     pub perplexity: f64,
-    /// Seconds that quantizing took.
+    /// Seconds that quantizing took, with another method beside it.
     pub seconds: f64,
 }
 
@@ -125,6 +126,53 @@ fn recipes(bits: u8, tokens: usize) -> Vec<(String, Recipe)> {
     weights.chain(transformed).collect()
 }
 
+/// A width, a name, and what is done.
+type Job = (u8, String, Recipe);
+
+/// Quantizes `jobs` into `folders`; the seconds that each took. Such small models leave threads
+/// idle, so two go on beside each other: those that take gradients, whose cache one run at a time
+/// can use, and the others.
+fn quantize_all(
+    checkpoint: &Checkpoint,
+    jobs: &[Job],
+    folders: &[PathBuf],
+    force: bool,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<f64>> {
+    let mut lanes = [Vec::new(), Vec::new()];
+    for (at, (_, _, recipe)) in jobs.iter().enumerate() {
+        lanes[usize::from(recipe.rounding()?.needs().fisher.is_some())].push(at);
+    }
+    let (sender, done) = mpsc::channel::<Result<(usize, f64)>>();
+    std::thread::scope(|scope| {
+        for lane in lanes {
+            let sender = sender.clone();
+            scope.spawn(move || {
+                for at in lane {
+                    let (_, _, recipe) = &jobs[at];
+                    let mut run = quantize::Options::new(&folders[at]);
+                    (run.force, run.report_tokens) = (force, 0);
+                    let start = Instant::now();
+                    let result = quantize::run(checkpoint, recipe, &run, &mut |_| {});
+                    let seconds = result.map(|_| (at, start.elapsed().as_secs_f64()));
+                    // Nobody listens any more when the other lane failed.
+                    if sender.send(seconds).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        let mut seconds = vec![0.0; jobs.len()];
+        for (count, result) in done.into_iter().enumerate() {
+            progress(count, jobs.len() + 1);
+            let (at, taken) = result?;
+            seconds[at] = taken;
+        }
+        Ok(seconds)
+    })
+}
+
 /// Runs the demo; `progress` hears models done and in all.
 ///
 /// # Errors
@@ -134,7 +182,7 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(usize, usize)) -> Result<
     let reference = options.out.join("original");
     write_model(&reference, options.force)?;
     let checkpoint = Checkpoint::open(&reference)?;
-    let jobs: Vec<(u8, String, Recipe)> = options
+    let jobs: Vec<Job> = options
         .bits
         .iter()
         .flat_map(|bits| {
@@ -142,19 +190,14 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(usize, usize)) -> Result<
             all.into_iter().map(|(name, recipe)| (*bits, name, recipe))
         })
         .collect();
-    let (mut seconds, mut folders) = (Vec::new(), vec![reference]);
-    for (done, (bits, name, recipe)) in jobs.iter().enumerate() {
-        progress(done, jobs.len() + 1);
-        let out = options.out.join(format!("{}-{bits}", name.replace(' ', "-")));
-        let mut run = quantize::Options::new(&out);
-        (run.force, run.report_tokens) = (options.force, 0);
-        let start = Instant::now();
-        quantize::run(&checkpoint, recipe, &run, &mut |_| {})?;
-        seconds.push(start.elapsed().as_secs_f64());
-        folders.push(out);
-    }
+    let folders: Vec<PathBuf> = jobs
+        .iter()
+        .map(|(bits, name, _)| options.out.join(format!("{}-{bits}", name.replace(' ', "-"))))
+        .collect();
+    let seconds = quantize_all(&checkpoint, &jobs, &folders, options.force, progress)?;
     progress(jobs.len(), jobs.len() + 1);
-    let scores = score(options, folders)?;
+    let models = std::iter::once(reference).chain(folders).collect();
+    let scores = score(options, models)?;
     let found = jobs.into_iter().zip(seconds).zip(&scores[1..]);
     let rows = found.map(|(((bits, method, recipe), seconds), score)| Row {
         method,

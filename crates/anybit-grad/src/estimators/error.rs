@@ -33,6 +33,12 @@ pub enum EstimatorError {
         /// What to do.
         fix: &'static str,
     },
+    /// Kept codes in a place where there are none.
+    #[error(
+        "kept has no grid of its own, only that of a packed checkpoint: write it as \
+         quantizer.weights of a language model whose model.init is one"
+    )]
+    Kept,
     /// A mask that would let nothing, or nothing sensible, pass.
     #[error("a clip_scale of {value}; use a positive number")]
     ClipScale {

@@ -168,6 +168,13 @@ pub enum EstimatorSpec {
         #[serde(default = "yes")]
         signed: bool,
     },
+    /// The grids and codes of a packed checkpoint stay, and what codes stand for is trained: for
+    /// weights of a model whose `model.init` is one ([`crate::train::kept`]).
+    Kept {
+        /// Whether factors of columns are trained too, where there are any.
+        #[serde(default)]
+        column_scale: bool,
+    },
 }
 
 fn rotated() -> usize {
@@ -212,6 +219,7 @@ impl EstimatorSpec {
             Self::Pact { .. } => "pact",
             Self::DorefaWeight { .. } => "dorefa_weight",
             Self::DorefaActivation { .. } => "dorefa_activation",
+            Self::Kept { .. } => "kept",
         }
     }
 
@@ -231,7 +239,8 @@ impl EstimatorSpec {
             | Self::LsqPlusActivation { .. }
             | Self::Pact { .. }
             | Self::DorefaWeight { .. }
-            | Self::DorefaActivation { .. } => (0, Form::Full),
+            | Self::DorefaActivation { .. }
+            | Self::Kept { .. } => (0, Form::Full),
         }
     }
 
@@ -248,7 +257,7 @@ impl EstimatorSpec {
     /// The bits of a code, where they are a setting, and the fewest possible.
     fn bits(&self) -> Option<(u8, u8)> {
         match *self {
-            Self::Ternary { .. } | Self::Fp4 { .. } => None,
+            Self::Ternary { .. } | Self::Fp4 { .. } | Self::Kept { .. } => None,
             Self::SparsePairs { bits, .. } | Self::Lsq { bits, raise_zero: false } => {
                 Some((bits, 2))
             }
@@ -277,8 +286,8 @@ impl EstimatorSpec {
     /// The estimator.
     ///
     /// # Errors
-    /// [`EstimatorError`] for bits without a grid, a block that is no power of two, or a clip scale
-    /// that is not positive.
+    /// [`EstimatorError`] for bits without a grid, a block that is no power of two, a clip scale
+    /// that is not positive, or kept codes, which are no estimator's.
     pub fn build(&self) -> Result<Box<dyn Estimator>, EstimatorError> {
         let name = self.name();
         if let Some((bits, min)) = self.bits().filter(|(bits, min)| !(*min..=8).contains(bits)) {
@@ -326,6 +335,7 @@ impl EstimatorSpec {
             Self::Pact { bits } => Box::new(Pact::new(bits)),
             Self::DorefaWeight { bits, rescale } => Box::new(DorefaWeight { bits, rescale }),
             Self::DorefaActivation { bits, signed } => Box::new(DorefaActivation { bits, signed }),
+            Self::Kept { .. } => return Err(EstimatorError::Kept),
         })
     }
 }
@@ -401,5 +411,9 @@ mod tests {
         assert!(pairs.validate(12).unwrap_err().to_string().contains("K = 12"));
         let clip = EstimatorSpec::Clip { bits: 4, hadamard: 0, form: Form::Half, clip_scale: -1.0 };
         assert!(clip.validate(8).is_err());
+        let kept = parse(r#"{"type": "kept"}"#).unwrap();
+        assert_eq!(kept, EstimatorSpec::Kept { column_scale: false });
+        assert_eq!(kept.build().unwrap_err(), EstimatorError::Kept);
+        assert!(parse(r#"{"type": "kept", "bits": 3}"#).is_err());
     }
 }

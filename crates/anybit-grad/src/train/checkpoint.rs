@@ -2,8 +2,8 @@
 //!
 //! | file of `checkpoints/step-NNNNNNNN/` | holds |
 //! |---|---|
-//! | `model.safetensors`, `config.json`, tokenizer | the full-precision parameters, as an ordinary Hugging Face folder |
-//! | `training.safetensors` | what estimators learn; AdamW's moments as `m.NAME` and `v.NAME` |
+//! | `model.safetensors`, `config.json`, tokenizer | the full-precision parameters, as an ordinary Hugging Face folder; where codes are kept, norms and biases alone |
+//! | `training.safetensors` | what estimators learn, or what kept codes stand for; AdamW's moments as `m.NAME` and `v.NAME` |
 //! | `state.json` | step, best validation, recipe, hash of every file |
 //!
 //! Which sequences come next follows from the step and the seed. A folder is written beside and
@@ -18,6 +18,7 @@ use anybit_io::safetensors_file::{FileDtype, PlannedTensor, layout_in_shards, op
 use anybit_io::{IoError, ModelConfig};
 use serde::{Deserialize, Serialize};
 
+use super::kept::Kept;
 use super::{QuantizedDecoder, Result, TrainError, TrainRecipe};
 use crate::{AdamW, Tensor};
 
@@ -43,6 +44,9 @@ pub struct State {
     pub best: Option<Best>,
     /// The recipe.
     pub recipe: TrainRecipe,
+    /// Hash of the packed checkpoint whose codes are kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<String>,
     /// What the balancer of a distillation has learned.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub balancer: Vec<(String, f64)>,
@@ -159,8 +163,10 @@ pub fn save(
     }
     let partial = PartialFolder::create(&target, false, true)?;
     let config = student.decoder.config.clone();
-    let decoder = student.decoder.parameters_mut().len();
+    state.kept = student.kept().map(|kept| kept.key().to_string());
+    let learned: usize = student.learned.values().map(Vec::len).sum();
     let parameters = student.parameters();
+    let decoder = parameters.len() - learned;
     let dense: Vec<(String, &Tensor)> =
         parameters[..decoder].iter().map(|(name, t, _)| (name.clone(), &**t)).collect();
     let hash = write_dense(partial.path(), &config, &dense, tokenizer)?;
@@ -219,6 +225,9 @@ pub fn read_state(folder: &Path) -> Result<State> {
 /// [`TrainError::Checkpoint`] for files that are damaged or of another model.
 pub fn load(folder: &Path, student: &mut QuantizedDecoder) -> Result<(State, AdamW)> {
     let state = read_state(folder)?;
+    if state.kept.as_deref() != student.kept().map(Kept::key) {
+        return Err(damaged(folder, "model.init is another than the one that was trained"));
+    }
     let mut tensors = read_tensors(folder, MODEL, &state)?;
     tensors.extend(read_tensors(folder, TRAINING, &state)?);
     let mut moments = Vec::new();

@@ -3,8 +3,8 @@
 //! What is multiplied in training, `X̂_h Ŵ_hᵀ`, becomes either a *packed* checkpoint, with the codes
 //! of `Ŵ_h` and the rotation and rounding of the inputs recorded at the sites, or, where the format
 //! has no codes for an estimator's values, a *dense* one with `Ŵ = Ŵ_h H`: ordinary weights that
-//! happen to lie on a grid in a rotated basis, whose inputs are not rounded. Called at the end of a
-//! run.
+//! happen to lie on a grid in a rotated basis, whose inputs are not rounded. A model whose codes were
+//! kept is its packed checkpoint with other values ([`super::kept`]). Called at the end of a run.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -67,9 +67,9 @@ fn grids(student: &QuantizedDecoder) -> Option<(Grid, Option<Grid>)> {
 
 /// How the model of `student` is written.
 pub fn format(student: &QuantizedDecoder) -> Format {
-    match grids(student) {
-        Some(_) => Format::Packed,
-        None => Format::Dense,
+    match student.kept().is_some() || grids(student).is_some() {
+        true => Format::Packed,
+        false => Format::Dense,
     }
 }
 
@@ -80,6 +80,11 @@ pub fn format(student: &QuantizedDecoder) -> Format {
 pub fn write(student: &QuantizedDecoder, recipe: &TrainRecipe, folder: &Path) -> Result<()> {
     let partial = PartialFolder::create(folder, false, true)?;
     let tokenizer = recipe.out.join("tokenizer");
+    if let Some(kept) = student.kept() {
+        kept.write(student, recipe, partial.path())?;
+        copy_files(&tokenizer, partial.path())?;
+        return Ok(partial.finish()?);
+    }
     match grids(student) {
         Some(grids) => {
             write_model(&packed(student, recipe, grids)?, partial.path())?;

@@ -7,6 +7,7 @@
 //! | `data`, `corpus` | texts to token files to sequences |
 //! | `model` | shapes by name and their first weights |
 //! | `quantized` | the decoder with estimators at its linears' operands |
+//! | `kept` | packed weights whose codes stay and whose values are trained |
 //! | `trainer` | one optimizer step; validation |
 //! | `distributed` | several processes, one batch |
 //! | `checkpoint` | state on disk, to go on from |
@@ -20,6 +21,7 @@ pub mod data;
 pub mod distributed;
 mod error;
 pub mod export;
+pub mod kept;
 pub mod log;
 pub mod model;
 pub mod quantized;

@@ -8,14 +8,16 @@
 //!
 //! Weights are rounded once however many micro-batches a step has, and the input of q, k and v, or
 //! of gate and up, is rounded once for all of them. Embedding, head, norms, attention and the
-//! residual stream are not quantized (QuEST, section 1.6 of its specification). Called by the
-//! trainer and by distillation.
+//! residual stream are not quantized (QuEST, section 1.6 of its specification). Weights whose codes
+//! are kept ([`super::kept`]) take the place of estimators'; with them some parameters are frozen.
+//! Called by the trainer and by distillation.
 
 use std::collections::BTreeMap;
 
 use anybit_core::Site;
 use half::bf16;
 
+use super::kept::Kept;
 use super::recipe::{Precision, QuantizerRecipe};
 use super::{Result, TrainError};
 use crate::{
@@ -39,6 +41,8 @@ pub struct QuantizedDecoder {
     weights: Option<Box<dyn Estimator>>,
     activations: Option<Box<dyn Estimator>>,
     precision: Precision,
+    /// Packed weights, which the decoder does not have.
+    kept: Option<Kept>,
 }
 
 /// Parameters on the weights' tape.
@@ -85,12 +89,17 @@ impl LeafGradients {
 /// Gradients with respect to the parameters, in the order of [`QuantizedDecoder::parameters`].
 pub type Gradients = Vec<Vec<f32>>;
 
+/// The handles of all that a gradient is computed of, in the order of [`DecoderVars::named`].
+fn wanted(vars: &DecoderVars, tape: &Tape) -> Vec<Var> {
+    vars.named().into_iter().map(|(_, var)| var).filter(|var| tape.wants(*var)).collect()
+}
+
 /// Whether inputs of linears flow at a site.
 fn feeds_linears(site: Site) -> bool {
     !site.linears().is_empty()
 }
 
-fn round_to_bf16(x: &[f32], y: &mut [f32]) {
+pub(super) fn round_to_bf16(x: &[f32], y: &mut [f32]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y = bf16::from_f32(*x).to_f32());
 }
 
@@ -143,7 +152,23 @@ impl QuantizedDecoder {
                 }
             }
         }
-        Ok(Self { decoder, learned, recipe, weights, activations, precision })
+        Ok(Self { decoder, learned, recipe, weights, activations, precision, kept: None })
+    }
+
+    /// A decoder whose packed weights are `kept`, which `decoder` does not have.
+    pub(super) fn with_kept(
+        decoder: TrainDecoder,
+        kept: Kept,
+        recipe: QuantizerRecipe,
+        precision: Precision,
+    ) -> Self {
+        let (learned, kept) = (kept.parameters(), Some(kept));
+        Self { decoder, learned, recipe, weights: None, activations: None, precision, kept }
+    }
+
+    /// The packed weights whose codes stay.
+    pub fn kept(&self) -> Option<&Kept> {
+        self.kept.as_ref()
     }
 
     /// Gives what the activations' estimators learn its first value, found in one forward pass of
@@ -175,32 +200,41 @@ impl QuantizedDecoder {
     }
 
     /// All that is trained, with names, and whether weight decay applies: the parameters of
-    /// [`TrainDecoder::parameters_mut`], then what is learned.
+    /// [`TrainDecoder::parameters_mut`] that are not frozen, then what is learned.
     pub fn parameters(&mut self) -> Vec<(String, &mut Tensor, bool)> {
         let linears: Vec<String> = {
             let of = |(name, ..): (&str, usize, usize)| format!(".{name}.weight");
             self.decoder.config.block_linears().map(of).to_vec()
         };
         let decays = |name: &str| linears.iter().any(|linear| name.ends_with(linear));
+        // What kept codes stand for is counted from its first value: decay would undo training.
+        let (kept, decay_learned) = (self.kept.as_ref(), self.kept.is_none());
         let mut all: Vec<(String, &mut Tensor, bool)> = self
             .decoder
             .parameters_mut()
             .into_iter()
+            .filter(|(name, _)| kept.is_none_or(|kept| kept.trains(name)))
             .map(|(name, tensor)| {
                 let decay = decays(&name);
                 (name, tensor, decay)
             })
             .collect();
         for (operand, values) in &mut self.learned {
-            all.extend(values.iter_mut().map(|(end, v)| (format!("{operand}.{end}"), v, true)));
+            let learned = values.iter_mut();
+            all.extend(learned.map(|(end, v)| (format!("{operand}.{end}"), v, decay_learned)));
         }
         all
     }
 
     /// Puts the parameters on the weights' tape and rounds what is multiplied.
     pub fn weights(&self, tape: &mut Tape, wants: bool) -> WeightVars {
-        let masters = self.decoder.vars(tape, &|_| wants);
+        let trains = |name: &str| self.kept.as_ref().is_none_or(|kept| kept.trains(name));
+        let masters = self.decoder.vars(tape, &|name| wants && trains(name));
         let mut operands = masters.clone();
+        if let Some(kept) = &self.kept {
+            let learned = kept.record(tape, &mut operands, &self.learned, wants);
+            return WeightVars { masters, operands, learned };
+        }
         let mut learned = Vec::new();
         for (layer, block) in operands.blocks.iter_mut().enumerate() {
             for (linear, ..) in self.decoder.config.block_linears() {
@@ -243,7 +277,8 @@ impl QuantizedDecoder {
         wants: bool,
     ) -> Leaves {
         let source = &weights.operands;
-        let mut leaf = |var: Var| tape.leaf(weights_tape.value(var).clone(), wants);
+        let mut leaf =
+            |var: Var| tape.leaf(weights_tape.value(var).clone(), wants && weights_tape.wants(var));
         let embedding = leaf(source.embedding);
         let head = if source.head == source.embedding { embedding } else { leaf(source.head) };
         let norm = leaf(source.norm);
@@ -295,9 +330,11 @@ impl QuantizedDecoder {
     }
 
     /// Gradients of the right lengths that are all `value`.
-    pub fn no_gradients(&mut self, value: f32) -> LeafGradients {
+    pub fn no_gradients(&self, value: f32) -> LeafGradients {
         let of = |len: usize| vec![value; len];
-        let operands = self.decoder.parameters_mut().iter().map(|p| of(p.1.len())).collect();
+        let mut tape = Tape::default();
+        let operands = wanted(&self.weights(&mut tape, true).operands, &tape);
+        let operands = operands.into_iter().map(|var| of(tape.value(var).len())).collect();
         let sites = self.learned.iter().filter(|(operand, _)| !operand.ends_with(".weight"));
         let learned = sites.flat_map(|(_, values)| values.iter().map(|(_, v)| of(v.len())));
         LeafGradients { learned: learned.collect(), operands }
@@ -305,7 +342,7 @@ impl QuantizedDecoder {
 
     /// Adds the gradients of a micro-batch to `sum`, after the backward pass.
     pub fn collect(&self, tape: &mut Tape, leaves: &Leaves, sum: &mut LeafGradients) {
-        let operands: Vec<Var> = leaves.vars.named().into_iter().map(|(_, var)| var).collect();
+        let operands = wanted(&leaves.vars, tape);
         let learned: Vec<Var> = leaves.learned.values().flatten().copied().collect();
         for (vars, sums) in [(operands, &mut sum.operands), (learned, &mut sum.learned)] {
             let first = sums.is_empty();
@@ -330,16 +367,16 @@ impl QuantizedDecoder {
         weights_tape: &mut Tape,
         sum: LeafGradients,
     ) -> Gradients {
-        let operands = weights.operands.named();
+        let operands = wanted(&weights.operands, weights_tape).into_iter();
         let outputs: Vec<(Var, &[f32])> =
-            operands.iter().zip(&sum.operands).map(|((_, var), g)| (*var, &g[..])).collect();
+            operands.zip(&sum.operands).map(|(var, g)| (var, &g[..])).collect();
         weights_tape.backward_from_all(&outputs);
+        let masters = wanted(&weights.masters, weights_tape);
         let mut take = |var: Var| {
             let len = weights_tape.value(var).len();
             weights_tape.take_grad(var).unwrap_or_else(|| vec![0.0; len])
         };
-        let mut all: Gradients =
-            weights.masters.named().into_iter().map(|(_, var)| take(var)).collect();
+        let mut all: Gradients = masters.into_iter().map(&mut take).collect();
         let mut of_weights: BTreeMap<&str, Vec<f32>> =
             weights.learned.iter().map(|(name, var)| (name.as_str(), take(*var))).collect();
         let mut of_activations = sum.learned.into_iter();

@@ -63,7 +63,8 @@ pub struct ModelRecipe {
     /// A `config.json`, with random weights; its vocabulary gives way to the tokenizer's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<PathBuf>,
-    /// A checkpoint whose weights are trained further, packed ones decoded first.
+    /// A checkpoint whose weights are trained further, packed ones decoded first unless their codes
+    /// are kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
     /// Whether the head of a preset is its embedding.
@@ -316,8 +317,22 @@ impl QuantizerRecipe {
         self.weights.is_none() && self.activations.is_none()
     }
 
+    /// Whether the codes of a packed checkpoint stay.
+    pub fn keeps_codes(&self) -> bool {
+        matches!(self.weights, Some(EstimatorSpec::Kept { .. }))
+    }
+
     /// Checks the estimators, and that both operands of a product stand in the same basis.
     fn check(&self) -> Result<(), TrainError> {
+        if self.keeps_codes() {
+            return match self.activations {
+                None => Ok(()),
+                Some(_) => {
+                    let what = "kept weights multiply inputs as they are: leave it out";
+                    Err(TrainError::recipe("quantizer.activations", what))
+                }
+            };
+        }
         let both =
             [("quantizer.weights", &self.weights), ("quantizer.activations", &self.activations)];
         for (place, spec) in both {
@@ -372,6 +387,10 @@ impl TrainRecipe {
             return fail("out", "not a name for a folder");
         }
         self.quantizer.check()?;
+        if self.quantizer.keeps_codes() && init.is_none() {
+            let what = "kept codes are those of a packed checkpoint: name it in model.init";
+            return fail("quantizer.weights", what);
+        }
         self.distill.as_ref().map_or(Ok(()), DistillRecipe::check)?;
         self.train.check()
     }
@@ -424,7 +443,7 @@ mod tests {
     #[test]
     fn what_is_out_of_range_is_named_by_its_key() {
         type Break = fn(&mut TrainRecipe);
-        let breaks: [(&str, Break); 9] = [
+        let breaks: [(&str, Break); 11] = [
             ("train.steps", |r| r.train.steps = None),
             ("train.steps", |r| r.train.tokens = Some(5)),
             ("train.batch", |r| r.train.batch = 0),
@@ -435,6 +454,13 @@ mod tests {
             ("data.tokenizer", |r| r.data.tokenizer = None),
             ("quantizer.weights", |r| {
                 r.quantizer.weights = Some(EstimatorSpec::Pact { bits: 9 });
+            }),
+            ("quantizer.weights: kept", |r| {
+                r.quantizer.weights = Some(EstimatorSpec::Kept { column_scale: false });
+            }),
+            ("quantizer.activations", |r| {
+                r.quantizer.weights = Some(EstimatorSpec::Kept { column_scale: false });
+                r.quantizer.activations = Some(EstimatorSpec::Pact { bits: 4 });
             }),
         ];
         for (key, change) in breaks {

@@ -28,7 +28,7 @@ use super::distributed::{Communicator, same_everywhere};
 use super::log::{JsonLines, Kind, Record, TensorBoard};
 use super::model::{block_parameters, initialize, preset, preset_names};
 use super::trainer::{Batch, NotFinite, Sequences, StepReport, Trainer, cross_entropy};
-use super::{QuantizedDecoder, QuantizerRecipe, Result, TrainError, TrainRecipe, export};
+use super::{QuantizedDecoder, QuantizerRecipe, Result, TrainError, TrainRecipe, export, kept};
 use crate::distill::{CachePlan, Distiller};
 use crate::{DecoderOutput, DecoderVars, Tape, TrainDecoder};
 
@@ -117,13 +117,15 @@ pub fn run(
     watch: &mut dyn FnMut(Event<'_>),
 ) -> Result<TrainReport> {
     recipe.check()?;
+    if recipe.quantizer.keeps_codes() {
+        // Before texts are tokenized, not after.
+        kept::open(recipe)?;
+    }
     let out = recipe.out.as_path();
     let lock = prepare_folder(recipe, options, comm)?;
     let (tokenizer, corpus) = texts(recipe, comm, watch)?;
     let plan = cache_plan(recipe, &corpus)?;
-    let decoder = decoder(recipe, &tokenizer, &corpus)?;
-    let precision = recipe.train.precision;
-    let student = QuantizedDecoder::new(decoder, recipe.quantizer.clone(), precision)?;
+    let student = student(recipe, &tokenizer, &corpus)?;
     let steps = recipe.train.total_steps(recipe.data.context);
     let trainer = Trainer::new(student, &recipe.train, steps, recipe.data.context);
     let vocab = trainer.student.decoder.config.vocab_size;
@@ -254,17 +256,39 @@ pub(crate) fn refuse_rounded(checkpoint: &Checkpoint, key: &'static str) -> Resu
     Ok(())
 }
 
-/// The model before the first step.
+/// The model before the first step, with what its linears multiply.
+fn student(
+    recipe: &TrainRecipe,
+    tokenizer: &Tokenizer,
+    corpus: &Corpus,
+) -> Result<QuantizedDecoder> {
+    let (quantizer, precision) = (&recipe.quantizer, recipe.train.precision);
+    if !quantizer.keeps_codes() {
+        let decoder = decoder(recipe, tokenizer, corpus)?;
+        return QuantizedDecoder::new(decoder, quantizer.clone(), precision);
+    }
+    let checkpoint = kept::open(recipe)?;
+    check_vocabulary(&checkpoint, corpus)?;
+    kept::student(&checkpoint, quantizer, precision, recipe.data.context)
+}
+
+/// Whether the model of `model.init` knows every token of the texts.
+fn check_vocabulary(checkpoint: &Checkpoint, corpus: &Corpus) -> Result<()> {
+    let (vocab, known) = (corpus.vocab_size(), checkpoint.config.vocab_size);
+    if vocab > known {
+        let what = format!("has {vocab} tokens, but the model of model.init only {known}");
+        return Err(TrainError::recipe("data.tokenizer", what));
+    }
+    Ok(())
+}
+
+/// The decoder before the first step.
 fn decoder(recipe: &TrainRecipe, tokenizer: &Tokenizer, corpus: &Corpus) -> Result<TrainDecoder> {
     let (context, vocab) = (recipe.data.context, corpus.vocab_size());
     if let Some(path) = &recipe.model.init {
         let checkpoint = Checkpoint::open(path)?;
         refuse_rounded(&checkpoint, "model.init")?;
-        let known = checkpoint.config.vocab_size;
-        if vocab > known {
-            let what = format!("has {vocab} tokens, but the model of model.init only {known}");
-            return Err(TrainError::recipe("data.tokenizer", what));
-        }
+        check_vocabulary(&checkpoint, corpus)?;
         return Ok(TrainDecoder::load(&checkpoint, context)?);
     }
     let mut config = match (&recipe.model.preset, &recipe.model.config) {
@@ -499,6 +523,7 @@ impl Session<'_> {
             step: self.trainer.step,
             best: self.best,
             recipe: self.recipe.clone(),
+            kept: None,
             balancer: self.distiller.as_ref().map_or(Vec::new(), |d| d.balancer.state()),
             files: BTreeMap::new(),
         };

@@ -85,7 +85,7 @@ impl Measured {
 }
 
 /// The linear that a weight tensor belongs to: `x.q_proj.weight` → `x.q_proj`.
-fn linear_name(tensor: &str) -> &str {
+pub(super) fn linear_name(tensor: &str) -> &str {
     tensor.strip_suffix(".weight").unwrap_or(tensor)
 }
 

@@ -2,11 +2,13 @@
 //! `anybit.json`, the manifest that says how to decode each of them. Layout: `docs/format.md`.
 
 mod matrix;
+mod revalue;
 mod sites;
 mod verify;
 mod write;
 
 pub use matrix::{Measured, PlaneRecord, QuantizedRecord, part_bytes};
+pub use revalue::{Revalued, write_revalued};
 pub use sites::{SiteRecord, site_parts};
 pub use verify::{Problem, fold_factors, relative_error, scale_columns, squared_norm, verify};
 pub use write::{PackedModel, write_descriptions, write_model};
@@ -17,7 +19,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{IoError, Result};
+use crate::{Dtype, IoError, Result};
 
 /// Newest major version of the format that is read: newer ones are rejected by name.
 pub const FORMAT_VERSION: u32 = 2;
@@ -96,6 +98,18 @@ pub struct DenseRecord {
     pub bytes: u64,
     /// BLAKE3 of the bytes, in hex.
     pub blake3: String,
+}
+
+impl DenseRecord {
+    /// Its element type, where that is one of those that weights are stored in.
+    pub fn element(&self) -> Option<Dtype> {
+        match self.dtype.as_str() {
+            "F32" => Some(Dtype::F32),
+            "F16" => Some(Dtype::F16),
+            "BF16" => Some(Dtype::BF16),
+            _ => None,
+        }
+    }
 }
 
 impl Manifest {

@@ -184,7 +184,7 @@ pub fn write_model(model: &PackedModel, folder: &Path) -> Result<Manifest> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::native::verify;
+    use crate::native::{Revalued, verify, write_revalued};
     use crate::{Checkpoint, synth};
     use anybit_core::rng::SplitMix64;
     use anybit_core::rounding::half_integer;
@@ -274,6 +274,50 @@ mod tests {
             let problems = verify(&checkpoint, None, |_, _| {}).unwrap();
             assert!(problems.is_empty(), "{problems:?}");
         }
+    }
+
+    /// Other scales and another norm: same codes, same size, and the source is what errors are
+    /// against.
+    #[test]
+    fn other_values_stand_behind_the_same_codes() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let model = trained(3, Some(4), RowScale::Rms);
+        write_model(&model, from.path()).unwrap();
+        let source = Checkpoint::open(from.path()).unwrap();
+        let name = "model.layers.1.mlp.up_proj.weight";
+        let before = model.quantized[name].0.clone();
+        let mut after = before.clone();
+        after.planes[0].exact_scales.iter_mut().for_each(|s| *s *= 1.5);
+        let measured = Measured::against(&before.dequantize(), &after);
+        approx::assert_relative_eq!(measured.relative_error, 0.25, max_relative = 1e-5);
+        let norm = vec![0.5; source.config.hidden_size];
+        let revalued = Revalued {
+            source: &source,
+            recipe: json!({"more": 1}),
+            quantized: BTreeMap::from([(name.to_string(), (after.clone(), measured))]),
+            dense: BTreeMap::from([("model.norm.weight".to_string(), norm.clone())]),
+        };
+        let manifest = write_revalued(&revalued, to.path()).unwrap();
+        let written = Checkpoint::open(to.path()).unwrap();
+        assert_eq!(written.manifest(), Some(&manifest));
+        assert_eq!(written.weight_file_bytes(), source.weight_file_bytes());
+        assert_eq!(written.tensor("model.norm.weight").unwrap().to_vec(), norm);
+        for (name, (matrix, _)) in &model.quantized {
+            let crate::Weight::Quantized(found) = written.weight(name).unwrap() else {
+                panic!("{name} is not packed")
+            };
+            let other =
+                if found.planes[0].codes == after.planes[0].codes { &after } else { matrix };
+            assert_eq!(*found, *other, "{name}");
+        }
+        for reference in [None, Some(&source)] {
+            let problems = verify(&written, reference, |_, _| {}).unwrap();
+            assert!(problems.is_empty(), "{problems:?}");
+        }
+        let stranger = BTreeMap::from([("lm.norm.weight".to_string(), norm)]);
+        let strange = Revalued { dense: stranger, ..revalued };
+        let error = write_revalued(&strange, to.path()).unwrap_err().to_string();
+        assert!(error.contains("lm.norm.weight"), "{error}");
     }
 
     #[test]

@@ -10,7 +10,8 @@ use super::train;
 /// The section names teachers (checkpoints with the student's tokenizer), the loss between them and
 /// the student, and the balancer that weighs it against the loss of the text; GoR, which learns both
 /// weights, is the default. The student is what the section model says: random, a checkpoint, or a
-/// quantized one. Teachers run beside it, or with distill.cache once: their likeliest tokens are
+/// quantized one, which with quantizer.weights of type kept keeps its codes and its size while its
+/// codebooks, scales and norms are trained. Teachers run beside it, or with distill.cache once: their likeliest tokens are
 /// kept on disk for every run with the same teachers and texts.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -18,6 +19,7 @@ Examples:
   anybit distill gor.toml
   anybit distill gor.toml --set distill.balancer.type=fixed --out runs/fixed
   anybit distill gor.toml --set 'distill.loss={ type = \"reverse_kl\" }'
+  anybit distill gor.toml --set model.init=skim-2bit --set 'quantizer.weights={ type = \"kept\" }'
   anybit distill gor.toml --set distill.cache.dir=teachers --set distill.cache.max_bytes=2GiB")]
 pub struct Args {
     #[command(flatten)]
