@@ -91,6 +91,17 @@ impl GridSpec {
         }
     }
 
+    /// The same grid with one scale for the whole row.
+    pub fn ungrouped(mut self) -> Self {
+        match &mut self {
+            Self::Uniform { group_size, .. }
+            | Self::HalfInteger { group_size, .. }
+            | Self::SharedCodebook { group_size, .. } => *group_size = None,
+            Self::Codebook { .. } => {}
+        }
+        self
+    }
+
     /// Columns that share parameters in a row of `cols`.
     pub fn group_len(&self, cols: usize) -> usize {
         self.group_size().unwrap_or(cols).max(1)

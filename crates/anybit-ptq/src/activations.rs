@@ -22,13 +22,14 @@ pub fn site_records(
     recipe: &Recipe,
 ) -> Result<BTreeMap<String, SiteRecord>> {
     let mut records = BTreeMap::new();
+    let tiers = recipe.rounding()?.needs().tiers;
     for layer in 0..checkpoint.config.num_layers {
         for site in Site::ALL {
             let name = format!("model.layers.{layer}.{}", site.name());
             let fitted = checkpoint.manifest().and_then(|m| m.sites.get(&name));
             let mut record = fitted.cloned().unwrap_or_default();
             let cols = checkpoint.config.site_size(site);
-            record.quantizer = quantizer(recipe, &name, site, cols, &record);
+            record.quantizer = quantizer(recipe, &name, (site, cols), &record, tiers);
             if let Some(quantizer) = &record.quantizer {
                 let named = |e| PtqError::Recipe(format!("{name}: {e}"));
                 quantizer.validate(cols).map_err(named)?;
@@ -41,12 +42,13 @@ pub fn site_records(
     Ok(records)
 }
 
+/// The quantizer of a site with rows of `cols`; `tiers`: whether weights behind it may be split.
 fn quantizer(
     recipe: &Recipe,
     name: &str,
-    site: Site,
-    cols: usize,
+    (site, cols): (Site, usize),
     record: &SiteRecord,
+    tiers: bool,
 ) -> Option<ActivationQuantizer> {
     let cache = matches!(site, Site::Key | Site::Value);
     let (bits, clip) = match site {
@@ -59,9 +61,9 @@ fn quantizer(
     }
     let high = recipe.high_bits.max(bits);
     let symmetric = !cache && recipe.a_symmetric.unwrap_or(true);
-    // Weights follow the split of their input, also where it has the same bits in both parts; a
-    // cache has no weights.
-    let high_cols = if high > bits || !cache { record.high } else { 0 };
+    // Weights in tiers follow the split of their input, also where it has the same bits in both
+    // parts; a cache has no weights.
+    let high_cols = if high > bits || (tiers && !cache) { record.high } else { 0 };
     let mut quantizer = ActivationQuantizer::tiered(cols, bits, high_cols, high, symmetric);
     let plain = clip.unwrap_or(1.0);
     quantizer.clip = record.clip.unwrap_or((plain, plain));

@@ -90,8 +90,7 @@ impl Plan {
             match (settings_of(recipe, &*rounding, &tensor), &shape[..]) {
                 (Some(mut settings), &[rows, cols]) => {
                     if tiers {
-                        settings.tier = tier_of(recipe, &tensor, &sites)
-                            .filter(|(_, bits)| *bits > settings.grid.bits());
+                        settings.tier = tier_of(recipe, &tensor, &sites, settings.grid.bits());
                     }
                     let shape = (rows, cols);
                     let matrix = place((recipe, &sites), &*rounding, &tensor, shape, settings);
@@ -205,16 +204,21 @@ fn settings_of(recipe: &Recipe, rounding: &dyn Rounding, tensor: &str) -> Option
     }
 }
 
-/// The last columns of a linear that have bits of their own: the high part of its site's basis.
+/// The last columns of a linear that have a grid of their own, and its bits: the high part of its
+/// site's basis, where that has more than the linear's `bits` or inputs are split there: products in
+/// integers need both in the same parts.
 fn tier_of(
     recipe: &Recipe,
     tensor: &str,
     sites: &BTreeMap<String, SiteRecord>,
+    bits: u8,
 ) -> Option<(usize, u8)> {
     let (layer, linear) = split_linear(tensor)?;
     let site = SiteKind::of(linear)?.site()?;
     let record = sites.get(&format!("model.layers.{layer}.{}", site.name()))?;
-    (record.high > 0).then_some((record.high, recipe.high_bits))
+    let split = record.quantizer.as_ref().is_some_and(|q| q.segments.len() > 1);
+    let wanted = record.high > 0 && (split || recipe.high_bits > bits);
+    wanted.then_some((record.high, recipe.high_bits.max(bits)))
 }
 
 /// Block index and name of a linear below its block.
@@ -245,7 +249,8 @@ fn place(
     };
     let free = |kind: SiteKind, layer: &str| {
         let name = kind.site().map(|s| format!("model.layers.{layer}.{}", s.name()));
-        name.is_some_and(|name| !sites.contains_key(&name))
+        let still = |r: &SiteRecord| r.transform.is_none() && r.quantizer.is_none();
+        name.is_some_and(|name| sites.get(&name).is_none_or(still))
     };
     let folds = match (kind, split_linear(&tensor)) {
         (Some(kind), Some((layer, _))) => {

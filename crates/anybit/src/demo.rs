@@ -164,10 +164,11 @@ fn quantize_all(
         }
         drop(sender);
         let mut seconds = vec![0.0; jobs.len()];
+        progress(0, jobs.len() + 1);
         for (count, result) in done.into_iter().enumerate() {
-            progress(count, jobs.len() + 1);
             let (at, taken) = result?;
             seconds[at] = taken;
+            progress(count + 1, jobs.len() + 1);
         }
         Ok(seconds)
     })
@@ -195,7 +196,6 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(usize, usize)) -> Result<
         .map(|(bits, name, _)| options.out.join(format!("{}-{bits}", name.replace(' ', "-"))))
         .collect();
     let seconds = quantize_all(&checkpoint, &jobs, &folders, options.force, progress)?;
-    progress(jobs.len(), jobs.len() + 1);
     let models = std::iter::once(reference).chain(folders).collect();
     let scores = score(options, models)?;
     let found = jobs.into_iter().zip(seconds).zip(&scores[1..]);

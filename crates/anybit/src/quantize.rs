@@ -6,7 +6,7 @@ use anybit_core::{Site, TransformSpec};
 use anybit_eval::report::{ActivationRow, BlockRow, CitationRow, MatrixRow, Quality, Report};
 use anybit_eval::{BUILTIN_TEXT, Convention, HiddenStates, compare_hidden, read_text};
 use anybit_io::atomic::write_bytes;
-use anybit_io::native::Manifest;
+use anybit_io::native::{Manifest, SiteRecord};
 use anybit_io::{Checkpoint, Weight};
 use anybit_ptq::methods::{self, Citation};
 use anybit_ptq::{
@@ -302,7 +302,9 @@ fn activation_rows(manifest: &Manifest, blocks: usize) -> Vec<ActivationRow> {
     let mut rows = Vec::new();
     for site in Site::ALL {
         let suffix = format!(".{}", site.name());
-        let own = || manifest.sites.iter().filter(|(n, _)| n.ends_with(&suffix)).map(|(_, r)| r);
+        let something = |r: &&SiteRecord| r.transform.is_some() || r.quantizer.is_some();
+        let of_kind = || manifest.sites.iter().filter(|(n, _)| n.ends_with(&suffix));
+        let own = || of_kind().map(|(_, r)| r).filter(something);
         if own().next().is_none() {
             continue;
         }

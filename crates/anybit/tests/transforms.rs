@@ -150,10 +150,13 @@ fn every_transform_with_every_method_is_written_and_read() {
 /// the same input.
 #[test]
 fn integers_equal_the_fake_quantized_graph() {
-    for transform in ["none", "quarot", "resq", "flatquant"] {
+    for (transform, bits) in
+        [("none", 4), ("quarot", 4), ("resq", 4), ("resq", 8), ("flatquant", 4)]
+    {
         for config in families() {
             let lab = lab_with(&config);
-            let packed = pack(&lab, &recipe(&lab, transform, "gptq"));
+            let same = recipe(&lab, transform, "gptq");
+            let packed = pack(&lab, &Recipe { bits: bits.into(), a_bits: Some(bits), ..same });
             let tokens = some_tokens(9, config.vocab_size);
             let fast = Decoder::load(&packed, tokens.len()).unwrap();
             let mut slow = Decoder::load(&packed, tokens.len()).unwrap();

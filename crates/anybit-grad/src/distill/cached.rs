@@ -4,7 +4,7 @@
 //! ```text
 //! sequences    those that training comes to, by their numbers, ascending
 //! key          blake3 of the teachers' weights, the tokens, mixture, temperature, k, number format
-//! file         DIR/KEY.teacher, see [`super::teacher_cache`]; DIR/KEY.lock while it is made
+//! file         DIR/KEY.teacher, see [`super::teacher_cache`]; DIR/KEY.lock is locked meanwhile
 //! ```
 //!
 //! Whether the file fits its limit is known from the number of sequences, before anything is hashed

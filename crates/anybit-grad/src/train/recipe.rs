@@ -386,10 +386,20 @@ impl TrainRecipe {
         if self.out.file_name().is_none() {
             return fail("out", "not a name for a folder");
         }
+        let teachers = self.distill.iter().flat_map(|distill| &distill.teachers);
+        if let Some(path) = init.iter().chain(teachers).find(|path| path.starts_with(&self.out)) {
+            // A run that begins anew would remove what it begins from.
+            let what = format!("holds {}, which is read: choose another", path.display());
+            return Err(TrainError::recipe("out", what));
+        }
         self.quantizer.check()?;
         if self.quantizer.keeps_codes() && init.is_none() {
             let what = "kept codes are those of a packed checkpoint: name it in model.init";
             return fail("quantizer.weights", what);
+        }
+        if self.quantizer.keeps_codes() && self.train.precision != Precision::F32 {
+            let what = "kept codes are multiplied as the file holds them: leave it at f32";
+            return fail("train.precision", what);
         }
         self.distill.as_ref().map_or(Ok(()), DistillRecipe::check)?;
         self.train.check()
@@ -443,13 +453,16 @@ mod tests {
     #[test]
     fn what_is_out_of_range_is_named_by_its_key() {
         type Break = fn(&mut TrainRecipe);
-        let breaks: [(&str, Break); 11] = [
+        let breaks: [(&str, Break); 12] = [
             ("train.steps", |r| r.train.steps = None),
             ("train.steps", |r| r.train.tokens = Some(5)),
             ("train.batch", |r| r.train.batch = 0),
             ("train.lr", |r| r.train.lr = f64::NAN),
             ("train.warmup", |r| r.train.warmup = 1.0),
             ("model", |r| r.model.config = Some("c".into())),
+            ("out", |r| {
+                r.model = ModelRecipe { init: Some("out/model".into()), ..Default::default() };
+            }),
             ("data.train", |r| r.data.train.clear()),
             ("data.tokenizer", |r| r.data.tokenizer = None),
             ("quantizer.weights", |r| {

@@ -174,12 +174,15 @@ pub struct LinearSettings {
 }
 
 impl LinearSettings {
-    /// Grids of the column tiers of rows of `cols`, with their columns.
+    /// Grids of the column tiers of rows of `cols`, with their columns. A tier that is narrower than
+    /// a group of the row is one group.
     pub fn tiers(&self, cols: usize) -> Vec<(GridSpec, usize)> {
-        match self.tier {
-            None => vec![(self.grid, cols)],
-            Some((high, bits)) => vec![(self.grid, cols - high), (self.grid.with_bits(bits), high)],
-        }
+        let Some((high, bits)) = self.tier else { return vec![(self.grid, cols)] };
+        let tier = |grid: GridSpec, own: usize| match grid.group_size() {
+            Some(group) if group > own && group <= cols => (grid.ungrouped(), own),
+            _ => (grid, own),
+        };
+        vec![tier(self.grid, cols - high), tier(self.grid.with_bits(bits), high)]
     }
 }
 
@@ -492,6 +495,18 @@ mod tests {
         std::fs::write(&path, "method = \"gptk\"\n").unwrap();
         let text = Recipe::read(&path).unwrap_err().to_string();
         assert!(text.contains("did you mean gptq?"), "{text}");
+    }
+
+    /// The usual groups of 128 with an eighth of 576 columns on top: 72 are one group.
+    #[test]
+    fn narrow_tiers_are_one_group() {
+        let mut settings = Recipe::default().settings_at(4);
+        assert_eq!(settings.tiers(576), [(GridSpec::affine(4, true, Some(128)), 576)]);
+        settings.tier = Some((72, 8));
+        let (low, high) = (GridSpec::affine(4, true, Some(128)), GridSpec::affine(8, true, None));
+        assert_eq!(settings.tiers(576), [(low, 504), (high, 72)]);
+        // A group wider than the row stays what it is: an error.
+        assert!(settings.tiers(120).iter().all(|(grid, cols)| grid.validate(*cols).is_err()));
     }
 
     #[test]

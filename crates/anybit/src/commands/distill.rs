@@ -11,8 +11,8 @@ use super::train;
 /// the student, and the balancer that weighs it against the loss of the text; GoR, which learns both
 /// weights, is the default. The student is what the section model says: random, a checkpoint, or a
 /// quantized one, which with quantizer.weights of type kept keeps its codes and its size while its
-/// codebooks, scales and norms are trained. Teachers run beside it, or with distill.cache once: their likeliest tokens are
-/// kept on disk for every run with the same teachers and texts.
+/// codebooks, scales and norms are trained. Teachers run beside it, or with distill.cache once:
+/// their likeliest tokens are kept on disk for every run with the same teachers and texts.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
