@@ -2,11 +2,10 @@
 
 mod common;
 
-use std::fmt;
 use std::hint::black_box;
 
 use anybit_kernels::{RopeTable, softmax, swiglu};
-use common::normals;
+use common::{Rows, cases, normals};
 use divan::Bencher;
 use divan::counter::ItemsCount;
 
@@ -14,26 +13,9 @@ fn main() {
     common::run();
 }
 
-#[derive(Clone, Copy)]
-struct Case {
-    channels: usize,
-    tokens: usize,
-}
-
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} channels, {} tokens", self.channels, self.tokens)
-    }
-}
-
-fn cases(channels: [usize; 2]) -> Vec<Case> {
-    let of = |channels| [1, 256].map(|tokens| Case { channels, tokens });
-    channels.into_iter().flat_map(of).collect()
-}
-
 /// Heads of 64 channels.
 #[divan::bench(args = cases([576, 2048]))]
-fn rope(bencher: Bencher<'_, '_>, case: Case) {
+fn rope(bencher: Bencher<'_, '_>, case: Rows) {
     let frequencies = (0..32).map(|i| 10_000f64.powf(-(i as f64) / 32.0)).collect();
     let table = RopeTable::new(frequencies, 1000 + case.tokens);
     let mut x = normals(case.tokens * case.channels, 1);
@@ -46,7 +28,7 @@ fn rope(bencher: Bencher<'_, '_>, case: Case) {
 
 /// In place, so that each call has to have numbers of its own.
 #[divan::bench(args = cases([1536, 5632]))]
-fn gates(bencher: Bencher<'_, '_>, case: Case) {
+fn gates(bencher: Bencher<'_, '_>, case: Rows) {
     let count = case.tokens * case.channels;
     let (gate, up) = (normals(count, 1), normals(count, 2));
     bencher

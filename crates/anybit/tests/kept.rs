@@ -212,9 +212,7 @@ fn the_text_alone_trains_what_is_packed() {
         "quantize reference --method rtn --bits 2 --group-size 16 --embed-bits 4 --skip {skip} \
          --report-tokens 0 --out packed"
     ));
-    let text = recipe("weights = { type = \"kept\" }", "steps = 20")
-        .replace("preset = \"tiny\"", "init = \"packed\"")
-        .replace("tokenizer = { vocab_size = 300 }", "")
+    let text = training::from_packed(&recipe("weights = { type = \"kept\" }", "steps = 20"))
         .replace("lr = 3e-3", "lr = 1e-2");
     fs::write(lab.path("text.toml"), text).unwrap();
     lab.ok("train text.toml --out run");

@@ -148,9 +148,7 @@ fn training_goes_on_from_a_quantized_model() {
     fs::write(lab.path("calib.txt"), prose(600, 3)).unwrap();
     lab.ok("quantize dense/model --method rtn --bits 2 --group-size 32 --calib calib.txt \
          --calib-tokens 128 --seqlen 32 --report-tokens 0 --out packed");
-    let tuned = recipe(QUEST, "steps = 15")
-        .replace("preset = \"tiny\"", "init = \"packed\"")
-        .replace("tokenizer = { vocab_size = 300 }", "");
+    let tuned = training::from_packed(&recipe(QUEST, "steps = 15"));
     fs::write(lab.path("tuned.toml"), tuned).unwrap();
     lab.ok("train tuned.toml --out tuned");
     let losses = losses(&lab.path("tuned"));

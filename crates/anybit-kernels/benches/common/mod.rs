@@ -30,6 +30,25 @@ impl fmt::Display for Size {
     }
 }
 
+/// Rows of activations.
+#[derive(Clone, Copy)]
+pub struct Rows {
+    pub channels: usize,
+    pub tokens: usize,
+}
+
+impl fmt::Display for Rows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} channels, {} tokens", self.channels, self.tokens)
+    }
+}
+
+/// One token and many of each of `channels`.
+pub fn cases<const N: usize>(channels: [usize; N]) -> Vec<Rows> {
+    let of = |channels| [1, 256].map(|tokens| Rows { channels, tokens });
+    channels.into_iter().flat_map(of).collect()
+}
+
 /// So many numbers of a normal distribution, the same for the same seed.
 pub fn normals(count: usize, seed: u64) -> Vec<f32> {
     let mut rng = SplitMix64::new(seed);

@@ -6,7 +6,7 @@ use anybit::Result;
 use anybit::attribute::{Options, run as attribute};
 use anybit::eval::{BUILTIN_TEXT, read_text};
 
-use super::output::{Terminal, print_table, write_json};
+use super::output::{Terminal, print_table, written};
 
 /// Say which cause in which block a quantized model loses by.
 ///
@@ -73,11 +73,8 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     if let Some(path) = &args.svg {
         anybit::io::atomic::write_bytes(path, found.to_svg()?.as_bytes())?;
     }
-    if let Some(path) = &args.json {
-        write_json(path, &found)?;
-        if path.as_os_str() == "-" {
-            return Ok(());
-        }
+    if written(args.json.as_deref(), &found)? {
+        return Ok(());
     }
     let header = std::iter::once("block".to_string()).chain(found.causes.iter().cloned());
     let mut rows = vec![header.collect::<Vec<_>>()];

@@ -1,6 +1,6 @@
 //! `anybit bench`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anybit::Result;
 use anybit::bench::{Model, Options, Report, run as time};
@@ -8,7 +8,7 @@ use anybit::io::Checkpoint;
 use anybit::runtime::Decoder;
 
 use super::KvType;
-use super::output::{Terminal, bytes_text, or_dash, print_table, write_json};
+use super::output::{Terminal, bytes_text, or_dash, print_table, written};
 
 /// Time a model: how fast it reads a prompt and how fast it generates.
 ///
@@ -75,11 +75,8 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     })?;
     bar.finish_and_clear();
     report.model = Some(Model::of(&checkpoint)?);
-    if let Some(path) = &args.json {
-        write_json(path, &report)?;
-        if path == Path::new("-") {
-            return Ok(());
-        }
+    if written(args.json.as_deref(), &report)? {
+        return Ok(());
     }
     print_report(&report);
     Ok(())

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anybit::Result;
 use anybit::demo::{DemoReport, Options, run as demo};
 
-use super::output::{Terminal, print_table, write_json};
+use super::output::{Terminal, print_table, written};
 
 /// Quantize the small model that comes with the program by every method, and compare.
 ///
@@ -45,11 +45,8 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    if let Some(path) = &args.json {
-        write_json(path, &report)?;
-        if path.as_os_str() == "-" {
-            return Ok(());
-        }
+    if written(args.json.as_deref(), &report)? {
+        return Ok(());
     }
     print_report(&report);
     println!("\nplot: {}", args.out.join("demo.svg").display());

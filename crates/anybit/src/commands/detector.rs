@@ -1,12 +1,11 @@
 //! `anybit distill-detector`.
 
-use std::path::PathBuf;
-
 use anybit::Result;
 use anybit::detect::{read_recipe, run as train};
 use anybit::grad::vision::detect::DetectorReport;
 
-use super::output::{Terminal, print_table, write_json};
+use super::output::{Terminal, print_table, written};
+use super::run_args::RunArgs;
 use super::vision::{percent, show};
 
 /// Train a quantized detector of objects in images, with or without a teacher.
@@ -16,35 +15,17 @@ use super::vision::{percent, show};
 /// quantized are trained. With a section distill the student learns from a teacher too, weighed by a
 /// balancer. What is reported is the mean average precision at an overlap of one half (mAP@0.5).
 #[derive(clap::Args)]
-#[group(id = "recipe_of_detector")]
 #[command(after_help = "\
 Examples:
   anybit synth shapes -o .cache/shapes
   anybit distill-detector runs/gor-shapes.toml
   anybit distill-detector runs/gor-shapes.toml --set distill.balancer.type=fixed --out runs/fixed")]
 pub struct Args {
-    /// The recipe.
-    #[arg(value_name = "RECIPE")]
-    recipe: PathBuf,
-
-    /// Set a key of the recipe, such as train.lr=1e-3; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
-
-    /// Folder of the run, instead of the recipe's.
-    #[arg(long, short, value_name = "DIR")]
-    out: Option<PathBuf>,
-
-    /// Begin anew where there is a run already.
-    #[arg(long)]
-    force: bool,
-
-    /// Write the report as JSON to this file too (- for standard output).
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    run: RunArgs,
 }
 
-pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
+pub fn run(Args { run: args }: Args, terminal: &Terminal) -> Result<()> {
     let mut recipe = read_recipe(&args.recipe, &args.set)?;
     if let Some(out) = &args.out {
         recipe.out.clone_from(out);
@@ -53,11 +34,8 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     let mut watch = |name: &str, done: u64, of: u64| show(&bar, name, done, of);
     let report = train(&recipe, args.force, &mut watch)?;
     bar.finish_and_clear();
-    if let Some(path) = &args.json {
-        write_json(path, &report)?;
-        if path.as_os_str() == "-" {
-            return Ok(());
-        }
+    if written(args.json.as_deref(), &report)? {
+        return Ok(());
     }
     print_report(&report);
     Ok(())

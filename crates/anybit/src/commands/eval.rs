@@ -10,7 +10,7 @@ use anybit::stages::unquantized;
 use clap::ValueEnum;
 use serde_json::json;
 
-use super::output::{Terminal, bytes_text, or_dash, print_table, write_json};
+use super::output::{Terminal, bytes_text, or_dash, print_table, written};
 
 /// Measure models on a text: perplexity, and divergence from a reference model.
 ///
@@ -96,11 +96,8 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    if let Some(path) = &args.json {
-        write_json(path, &json!({"models": scores}))?;
-        if path.as_os_str() == "-" {
-            return Ok(());
-        }
+    if written(args.json.as_deref(), &json!({"models": scores}))? {
+        return Ok(());
     }
     print_scores(&scores, options.reference.is_some());
     Ok(())

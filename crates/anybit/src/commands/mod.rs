@@ -16,6 +16,7 @@ mod output;
 mod plan;
 mod quantize;
 mod recipe;
+mod run_args;
 mod scaling;
 mod synth;
 mod train;

@@ -84,6 +84,14 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     Ok(write_bytes(path, format!("{text}\n").as_bytes())?)
 }
 
+/// Writes a report where `--json` asks for it; whether that was standard output, where nothing else
+/// belongs then.
+pub fn written(path: Option<&Path>, report: &impl Serialize) -> Result<bool> {
+    let Some(path) = path else { return Ok(false) };
+    write_json(path, report)?;
+    Ok(path == Path::new("-"))
+}
+
 /// "12.3 MB": decimal units, as disks and other tools count.
 pub fn bytes_text(bytes: u64) -> String {
     match bytes as f64 {

@@ -7,7 +7,7 @@ use anybit::frontier::{frontier, parse_range};
 use anybit::io::Checkpoint;
 use anybit::ptq::{Count, Event, cache_folder};
 
-use super::output::{Terminal, bytes_text, print_table, write_json};
+use super::output::{Terminal, bytes_text, print_table, written};
 use super::recipe::RecipeArgs;
 
 /// Draw what a method would lose at every size, without writing a model.
@@ -73,11 +73,8 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
     if let Some(path) = &args.svg {
         anybit::io::atomic::write_bytes(path, found.to_svg()?.as_bytes())?;
     }
-    if let Some(path) = &args.json {
-        write_json(path, &found)?;
-        if path.as_os_str() == "-" {
-            return Ok(());
-        }
+    if written(args.json.as_deref(), &found)? {
+        return Ok(());
     }
     let header = ["bits", "codes", "total", "file", "predicted error"];
     let mut rows = vec![header.map(String::from).to_vec()];

@@ -11,7 +11,7 @@ use anybit::{Error, Result, machine};
 use clap::ValueEnum;
 use serde_json::json;
 
-use super::output::{Terminal, bytes_text, or_dash, print_table, write_json};
+use super::output::{Terminal, bytes_text, or_dash, print_table, write_json, written};
 use super::recipe::RecipeArgs;
 
 /// Quantize a model and write it packed, with a report.
@@ -189,11 +189,8 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
         })?;
     [transforms, gradients, measured, blocks].iter().for_each(|bar| bar.finish_and_clear());
     files.finish_and_clear();
-    if let Some(path) = &args.json {
-        write_json(path, &outcome.report)?;
-        if path.as_os_str() == "-" {
-            return Ok(());
-        }
+    if written(args.json.as_deref(), &outcome.report)? {
+        return Ok(());
     }
     print_outcome(&args, &outcome, started.elapsed().as_secs_f64());
     Ok(())

@@ -6,7 +6,7 @@ use anybit::Result;
 use anybit::eval::scaling::{Fit, FitOptions, Irreducible, fit, read_runs};
 use clap::Subcommand;
 
-use super::output::{Terminal, print_table, write_json};
+use super::output::{Terminal, print_table, written};
 
 /// Fit scaling laws of training at low precision.
 #[derive(clap::Args)]
@@ -103,11 +103,8 @@ fn run_fit(args: FitArgs, terminal: &Terminal) -> Result<()> {
     if let Some(path) = &args.svg {
         anybit::io::atomic::write_bytes(path, found.to_svg()?.as_bytes())?;
     }
-    if let Some(path) = &args.json {
-        write_json(path, &found)?;
-        if path.as_os_str() == "-" {
-            return Ok(());
-        }
+    if written(args.json.as_deref(), &found)? {
+        return Ok(());
     }
     print_fit(&found);
     Ok(())

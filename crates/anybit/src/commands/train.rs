@@ -1,14 +1,13 @@
 //! `anybit train`.
 
-use std::path::PathBuf;
-
 use anybit::Result;
 use anybit::grad::train::log::Kind;
 use anybit::grad::train::{Event, RunOptions, TrainReport};
 use anybit::train::{read_recipe, run as train};
 use indicatif::ProgressBar;
 
-use super::output::{Terminal, print_table, write_json};
+use super::output::{Terminal, print_table, written};
+use super::run_args::RunArgs;
 
 /// Train a model with quantized weights and activations, from scratch or from a checkpoint.
 ///
@@ -25,29 +24,12 @@ Examples:
   anybit train quest.toml --resume
   mpirun -n 2 anybit train quest.toml")]
 pub struct Args {
-    /// The recipe.
-    #[arg(value_name = "RECIPE")]
-    recipe: PathBuf,
-
-    /// Set a key of the recipe, such as train.lr=1e-3; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
-
-    /// Folder of the run, instead of the recipe's.
-    #[arg(long, short, value_name = "DIR")]
-    out: Option<PathBuf>,
+    #[command(flatten)]
+    run: RunArgs,
 
     /// Go on from the newest checkpoint of an interrupted run.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "force")]
     resume: bool,
-
-    /// Begin anew where there is a run already.
-    #[arg(long, conflicts_with = "resume")]
-    force: bool,
-
-    /// Write the report as JSON to this file too (- for standard output).
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
 }
 
 pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
@@ -56,6 +38,7 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
 
 /// Runs a recipe, which has teachers or has none.
 pub fn run_recipe(args: Args, terminal: &Terminal, teachers: bool) -> Result<()> {
+    let Args { run: args, resume } = args;
     let mut recipe = read_recipe(&args.recipe, &args.set)?;
     if recipe.distill.is_some() != teachers {
         let what = match teachers {
@@ -67,14 +50,11 @@ pub fn run_recipe(args: Args, terminal: &Terminal, teachers: bool) -> Result<()>
     if let Some(out) = args.out {
         recipe.out = out;
     }
-    let options = RunOptions { resume: args.resume, force: args.force };
+    let options = RunOptions { resume, force: args.force };
     let mut view = View { terminal, bar: None, teaching: None };
     let report = train(&recipe, options, &mut |event| view.show(event))?;
-    if let Some(path) = &args.json {
-        write_json(path, &report)?;
-        if path.as_os_str() == "-" {
-            return Ok(());
-        }
+    if written(args.json.as_deref(), &report)? {
+        return Ok(());
     }
     print_report(&report);
     Ok(())

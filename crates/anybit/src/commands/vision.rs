@@ -1,13 +1,12 @@
 //! `anybit distill-vision`.
 
-use std::path::PathBuf;
-
 use anybit::Result;
 use anybit::grad::vision::{Speed, VisionReport};
 use anybit::vision::{Mean, SweepReport, read_recipe, run as train, sweep};
 use indicatif::ProgressBar;
 
-use super::output::{Terminal, print_table, write_json};
+use super::output::{Terminal, print_table, written};
+use super::run_args::RunArgs;
 
 /// Train a quantized network for images, with or without teachers.
 ///
@@ -17,46 +16,28 @@ use super::output::{Terminal, print_table, write_json};
 /// integers as well, and timed. With --sweep every balancer of the section sweep is run at every
 /// scale of the teacher's loss with every seed; an interrupted sweep goes on where it was.
 #[derive(clap::Args)]
-#[group(id = "recipe_of_vision")]
 #[command(after_help = "\
 Examples:
   anybit distill-vision runs/gor-fashion.toml
   anybit distill-vision runs/gor-fashion.toml --set distill.scale=0.01 --out runs/small-unit
   anybit distill-vision runs/gor-fashion.toml --sweep --json docs/results/gor-fashion.json")]
 pub struct Args {
-    /// The recipe.
-    #[arg(value_name = "RECIPE")]
-    recipe: PathBuf,
-
-    /// Set a key of the recipe, such as train.lr=1e-3; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
-
-    /// Folder of the run, instead of the recipe's.
-    #[arg(long, short, value_name = "DIR")]
-    out: Option<PathBuf>,
+    #[command(flatten)]
+    run: RunArgs,
 
     /// Go through balancers, scales and seeds.
     #[arg(long)]
     sweep: bool,
-
-    /// Begin anew where there is a run already.
-    #[arg(long)]
-    force: bool,
-
-    /// Write the report as JSON to this file too (- for standard output).
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
 }
 
-pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
+pub fn run(Args { run: args, sweep: all }: Args, terminal: &Terminal) -> Result<()> {
     let mut recipe = read_recipe(&args.recipe, &args.set)?;
     if let Some(out) = &args.out {
         recipe.out.clone_from(out);
     }
     let bar = terminal.bar("training", 0);
     let mut watch = |name: &str, done: u64, of: u64| show(&bar, name, done, of);
-    if args.sweep {
+    if all {
         let report = sweep(&recipe, args.force, &mut watch, &mut |cell, done, of| {
             bar.suspend(|| {
                 terminal.note(&format!(
@@ -69,14 +50,14 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
             });
         })?;
         bar.finish_and_clear();
-        if written(&args, &report)? {
+        if written(args.json.as_deref(), &report)? {
             return Ok(());
         }
         print_sweep(&report);
     } else {
         let (report, speed) = train(&recipe, args.force, &mut watch)?;
         bar.finish_and_clear();
-        if written(&args, &report)? {
+        if written(args.json.as_deref(), &report)? {
             return Ok(());
         }
         print_report(&report, speed);
@@ -88,13 +69,6 @@ pub(super) fn show(bar: &ProgressBar, name: &str, done: u64, of: u64) {
     bar.set_length(of);
     bar.set_position(done);
     bar.set_message(name.to_string());
-}
-
-/// Writes the report where it was asked for; whether that was standard output.
-fn written(args: &Args, report: &impl serde::Serialize) -> Result<bool> {
-    let Some(path) = &args.json else { return Ok(false) };
-    write_json(path, report)?;
-    Ok(path.as_os_str() == "-")
 }
 
 pub(super) fn percent(value: f64) -> String {

@@ -45,6 +45,13 @@ pub fn distilled(quantizer: &str, teachers: &str, more: &str) -> String {
         .replace("tokenizer = { vocab_size = 300 }", "tokenizer = \"teacher/model\"")
 }
 
+/// The recipe with the model of the folder `packed`, and its tokenizer.
+pub fn from_packed(recipe: &str) -> String {
+    recipe
+        .replace("preset = \"tiny\"", "init = \"packed\"")
+        .replace("tokenizer = { vocab_size = 300 }", "")
+}
+
 /// A folder with the text and `recipe.toml`.
 pub fn lab(recipe: &str) -> Lab {
     let lab = Lab::empty();

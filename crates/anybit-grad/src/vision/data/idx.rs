@@ -14,7 +14,10 @@ const UNSIGNED_BYTES: u8 = 8;
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 
 /// Dimensions and values of a file of bytes with `N` dimensions.
-fn read<const N: usize>(path: &Path) -> Result<([usize; N], Vec<u8>)> {
+///
+/// # Errors
+/// A file that cannot be read, or that is compressed, truncated or something else.
+pub(in crate::vision) fn read<const N: usize>(path: &Path) -> Result<([usize; N], Vec<u8>)> {
     let bytes = read_file(path)?;
     let fail = |what: String| Err(VisionError::data(path, what));
     if bytes.starts_with(&GZIP) {
@@ -23,14 +26,14 @@ fn read<const N: usize>(path: &Path) -> Result<([usize; N], Vec<u8>)> {
     let (header, magic) = (4 + 4 * N, [0, 0, UNSIGNED_BYTES, N as u8]);
     if bytes.len() >= 4 && bytes[..4] != magic {
         return fail(format!(
-            "it begins with {:?}, an IDX file of bytes with {N} dimensions begins with {magic:?}; \
-             are images and labels in the right places?",
+            "it is no IDX file of bytes with {N} dimensions: it begins with {:?}, such a file begins \
+             with {magic:?}; are images and labels in the right places?",
             &bytes[..4]
         ));
     }
     if bytes.len() < header {
         return fail(format!(
-            "{} bytes are less than an IDX header of {header}; download it again",
+            "it is no IDX file: {} bytes are less than an IDX header of {header}; get it again",
             bytes.len()
         ));
     }
@@ -42,12 +45,20 @@ fn read<const N: usize>(path: &Path) -> Result<([usize; N], Vec<u8>)> {
     let found = bytes.len() - header;
     if values != Some(found) {
         return fail(format!(
-            "dimensions {dims:?} need {} values, there are {found}: it is truncated or damaged; \
-             download it again",
+            "dimensions {dims:?} do not fit: they need {} values, there are {found}; it is \
+             truncated or damaged, get it again",
             values.map_or("too many".into(), |v| v.to_string())
         ));
     }
     Ok((dims, bytes[header..].to_vec()))
+}
+
+/// The file of bytes with these dimensions.
+pub(in crate::vision) fn encode<const N: usize>(dims: [usize; N], values: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0, 0, UNSIGNED_BYTES, N as u8];
+    dims.iter().for_each(|dim| bytes.extend((*dim as u32).to_be_bytes()));
+    bytes.extend(values);
+    bytes
 }
 
 /// Images and their labels, of `classes` classes.

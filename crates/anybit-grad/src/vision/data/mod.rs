@@ -6,7 +6,7 @@
 
 mod cifar;
 mod folder;
-mod idx;
+pub(super) mod idx;
 
 use std::path::Path;
 

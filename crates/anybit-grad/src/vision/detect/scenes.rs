@@ -17,17 +17,13 @@ use anybit_io::atomic::{PartialFolder, check_space, write_bytes};
 use serde::{Deserialize, Serialize};
 
 use super::boxes::Object;
-use crate::vision::data::Images;
+use crate::vision::data::{Images, idx};
 use crate::vision::ops::Shape;
 use crate::vision::{Result, VisionError};
 
 const SET: &str = "set.json";
 const FORMAT: &str = "anybit-boxes";
 const VERSION: u32 = 1;
-/// First bytes of an IDX file of bytes with four dimensions.
-const MAGIC: [u8; 4] = [0, 0, 8, 4];
-/// Bytes of its header.
-const HEADER: usize = 4 + 4 * 4;
 
 /// Images and what is in each.
 #[derive(Debug, Clone, PartialEq)]
@@ -94,10 +90,10 @@ impl Scenes {
 
     /// Reads one part of a set of `classes`.
     fn read(folder: &Path, part: &str, classes: usize) -> Result<Self> {
-        let (shape, pixels) = read_images(&folder.join(images_name(part)))?;
+        let ([count, height, width, channels], pixels) =
+            idx::read(&folder.join(images_name(part)))?;
         let path = folder.join(boxes_name(part));
         let objects = read_boxes(&path)?;
-        let count = pixels.len() / shape.values().max(1);
         if objects.len() != count {
             let what = format!(
                 "{} lines for the {count} images of {}; take files of the same set",
@@ -106,7 +102,7 @@ impl Scenes {
             );
             return Err(VisionError::data(&path, what));
         }
-        Self::new(&path, shape, classes, pixels, objects)
+        Self::new(&path, Shape { height, width, channels }, classes, pixels, objects)
     }
 
     /// The first `count` of them.
@@ -148,31 +144,6 @@ fn images_name(part: &str) -> String {
 
 fn boxes_name(part: &str) -> String {
     format!("{part}-boxes.jsonl")
-}
-
-fn read_images(path: &Path) -> Result<(Shape, Vec<u8>)> {
-    let bytes = std::fs::read(path).map_err(|e| IoError::file("read", path, e))?;
-    let fail = |what: String| Err(VisionError::data(path, what));
-    if bytes.len() < HEADER || bytes[..4] != MAGIC {
-        return fail(format!(
-            "it is no IDX file of bytes with 4 dimensions, which begins with {MAGIC:?} and has a \
-             header of {HEADER} bytes; make the set again"
-        ));
-    }
-    let dims: Vec<usize> = bytes[4..HEADER]
-        .chunks_exact(4)
-        .map(|dim| dim.iter().fold(0, |value, byte| (value << 8) | usize::from(*byte)))
-        .collect();
-    let values = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim));
-    let found = bytes.len() - HEADER;
-    if values != Some(found) || found == 0 {
-        return fail(format!(
-            "dimensions {dims:?} do not fit the {found} values there are: it is empty, truncated or \
-             damaged; make the set again"
-        ));
-    }
-    let shape = Shape { height: dims[1], width: dims[2], channels: dims[3] };
-    Ok((shape, bytes[HEADER..].to_vec()))
 }
 
 fn read_boxes(path: &Path) -> Result<Vec<Vec<Object>>> {
@@ -243,11 +214,8 @@ pub fn write(
     write_bytes(&place(SET), json(serde_json::to_string_pretty(&set))?.as_bytes())?;
     for (part, scenes) in [("train", train), ("test", test)] {
         let Shape { height, width, channels } = scenes.images.shape;
-        let mut bytes = MAGIC.to_vec();
-        for dim in [scenes.count(), height, width, channels] {
-            bytes.extend((dim as u32).to_be_bytes());
-        }
-        bytes.extend(&scenes.images.pixels);
+        let dims = [scenes.count(), height, width, channels];
+        let bytes = idx::encode(dims, &scenes.images.pixels);
         write_bytes(&place(&images_name(part)), &bytes)?;
         let mut text = String::new();
         for objects in &scenes.objects {
