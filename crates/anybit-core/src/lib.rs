@@ -41,7 +41,7 @@ pub use gram::Gram;
 pub use grid::{GridSpec, GroupGrid, ScaleFit};
 pub use hadamard::Hadamard;
 pub use half_integer::{HalfIntegerGrid, RowScale};
-pub use matrix::{Matrix, RowSource};
+pub use matrix::{HalfRow, Matrix, RowSource};
 pub use quantized::{Plane, PlaneLengths, QuantizedMatrix};
 pub use sites::{BlockSites, Site, SiteState};
 pub use sparse::Sparse;

@@ -17,6 +17,21 @@ pub trait RowSource: Send + Sync {
 
     /// Bytes that the weights occupy as stored: what one pass over them moves.
     fn stored_bytes(&self) -> usize;
+
+    /// Row `row` where it lies, if it is stored in sixteen-bit numbers: products with one token
+    /// need no copy of it.
+    fn half_row(&self, _row: usize) -> Option<HalfRow<'_>> {
+        None
+    }
+}
+
+/// A row of sixteen-bit numbers, little-endian, at any address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HalfRow<'a> {
+    /// IEEE half precision.
+    F16(&'a [[u8; 2]]),
+    /// The upper half of an f32.
+    Bf16(&'a [[u8; 2]]),
 }
 
 /// Dense row-major f32 matrix.

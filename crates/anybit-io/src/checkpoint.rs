@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anybit_core::{BlockSites, QuantizedMatrix, RowSource, Site};
+use anybit_core::{BlockSites, HalfRow, QuantizedMatrix, RowSource, Site};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -56,6 +56,13 @@ impl RowSource for Weight {
         match self {
             Self::Stored(t) => t.stored_bytes(),
             Self::Quantized(q) => q.stored_bytes(),
+        }
+    }
+
+    fn half_row(&self, row: usize) -> Option<HalfRow<'_>> {
+        match self {
+            Self::Stored(t) => t.half_row(row),
+            Self::Quantized(_) => None,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use anybit_core::RowSource;
+use anybit_core::{HalfRow, RowSource};
 use memmap2::Mmap;
 
 use crate::gguf::blocks;
@@ -229,5 +229,16 @@ impl RowSource for StoredTensor {
 
     fn stored_bytes(&self) -> usize {
         self.bytes().len()
+    }
+
+    fn half_row(&self, row: usize) -> Option<HalfRow<'_>> {
+        let form = match self.dtype {
+            Dtype::F16 => HalfRow::F16,
+            Dtype::BF16 => HalfRow::Bf16,
+            _ => return None,
+        };
+        let row_bytes = self.dtype.bytes(RowSource::shape(self).1);
+        let start = self.file_row(row) * row_bytes;
+        Some(form(self.bytes()[start..start + row_bytes].as_chunks().0))
     }
 }

@@ -9,7 +9,7 @@ use std::fmt;
 use std::hint::black_box;
 use std::ops::Range;
 
-use anybit_core::{GridSpec, Matrix, QuantizedMatrix, RowSource};
+use anybit_core::{GridSpec, HalfRow, Matrix, QuantizedMatrix, RowSource};
 use anybit_kernels::{PackedWeight, linear};
 use common::{SIZES, Size, normals, random_plane};
 use divan::Bencher;
@@ -44,7 +44,7 @@ fn cases() -> Vec<Case> {
 struct Stored {
     size: Size,
     bytes: Vec<u8>,
-    decode: fn(&[u8], &mut [f32]),
+    is_f16: bool,
 }
 
 fn decode_f16(bytes: &[u8], out: &mut [f32]) {
@@ -66,11 +66,17 @@ impl RowSource for Stored {
 
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         let row_bytes = 2 * self.size.cols;
-        (self.decode)(&self.bytes[rows.start * row_bytes..rows.end * row_bytes], out);
+        let bytes = &self.bytes[rows.start * row_bytes..rows.end * row_bytes];
+        if self.is_f16 { decode_f16(bytes, out) } else { decode_bf16(bytes, out) }
     }
 
     fn stored_bytes(&self) -> usize {
         self.bytes.len()
+    }
+
+    fn half_row(&self, row: usize) -> Option<HalfRow<'_>> {
+        let row = &self.bytes.as_chunks().0[row * self.size.cols..(row + 1) * self.size.cols];
+        Some(if self.is_f16 { HalfRow::F16(row) } else { HalfRow::Bf16(row) })
     }
 }
 
@@ -95,7 +101,7 @@ fn dense_f32(bencher: Bencher<'_, '_>, case: Case) {
 fn dense_f16(bencher: Bencher<'_, '_>, case: Case) {
     let values = normals(case.size.rows * case.size.cols, 1);
     let bytes = values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
-    let weight = Stored { size: case.size, bytes, decode: decode_f16 };
+    let weight = Stored { size: case.size, bytes, is_f16: true };
     products(bencher, case.tokens, &weight);
 }
 
@@ -103,14 +109,14 @@ fn dense_f16(bencher: Bencher<'_, '_>, case: Case) {
 fn dense_bf16(bencher: Bencher<'_, '_>, case: Case) {
     let values = normals(case.size.rows * case.size.cols, 1);
     let bytes = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
-    let weight = Stored { size: case.size, bytes, decode: decode_bf16 };
+    let weight = Stored { size: case.size, bytes, is_f16: false };
     products(bencher, case.tokens, &weight);
 }
 
-/// Rows decoded from kernel order: what a prompt of a packed model takes.
+/// Rows of sixteen centroids decoded from kernel order: what a prompt takes.
 #[divan::bench(args = cases())]
-fn packed_4_bits(bencher: Bencher<'_, '_>, case: Case) {
-    let plane = random_plane(GridSpec::affine(4, true, Some(64)), case.size);
+fn packed_16_entries(bencher: Bencher<'_, '_>, case: Case) {
+    let plane = random_plane(GridSpec::Codebook { bits: 4 }, case.size);
     let matrix = QuantizedMatrix::single(plane);
     let weight = PackedWeight::new(&matrix).expect("a grouping that kernels know");
     products(bencher, case.tokens, &weight);

@@ -8,6 +8,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod dot;
 pub mod gemv;
 pub mod integer;
 pub mod isa;

@@ -2,13 +2,13 @@
 //!
 //! A tile of rows of `W` is decoded to f32 into a thread's scratch and multiplied at once, so no
 //! f32 copy of `W` ever exists and what is computed is exactly what the decoded weights say. With
-//! many tokens the tile goes through GEMM, with few through dot products.
+//! many tokens the tile goes through GEMM, with few through dot products ([`crate::dot`]).
 
 use anybit_core::RowSource;
 use anybit_core::linalg::{View, matmul_into};
 use rayon::prelude::*;
 
-use crate::isa::{Isa, isa};
+use crate::dot::{dot, dot_half};
 use crate::{DisjointMut, SpinPool, with_scratch};
 
 /// Up to this many tokens, dot products beat packing for GEMM.
@@ -76,6 +76,12 @@ fn few(
         let share = |worker: usize| out * worker / pool.threads();
         with_scratch(inp, |w| {
             for row in share(worker)..share(worker + 1) {
+                if let (true, Some(half)) = (x.len() == inp, weight.half_row(row)) {
+                    let product = dot_half(x, half) + bias.map_or(0.0, |b| b[row]);
+                    // SAFETY: this row belongs to this worker alone.
+                    unsafe { *dst.at(row) = product };
+                    continue;
+                }
                 weight.read_rows(row..row + 1, w);
                 for (token, x) in x.chunks_exact(inp).enumerate() {
                     let product = dot(x, w) + bias.map_or(0.0, |b| b[row]);
@@ -92,70 +98,6 @@ fn few(
 fn tile_rows(out: usize, inp: usize) -> usize {
     let most = (TILE_ELEMENTS / inp).clamp(16, 256);
     out.div_ceil(out.div_ceil(most)).next_multiple_of(16)
-}
-
-/// Lanes of a dot product.
-const LANES: usize = 32;
-
-/// Dot product of slices of equal lengths in 32 partial sums, so that it vectorizes and its order
-/// is fixed: the same bits on every machine.
-#[inline]
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len(), "factors have different lengths");
-    let (a_lanes, a_tail) = a.as_chunks::<LANES>();
-    let (b_lanes, b_tail) = b.as_chunks::<LANES>();
-    let mut sums = match isa() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: chosen because the machine has these instructions.
-        Isa::Avx2 | Isa::Avx512 => unsafe { lanes_avx2(a_lanes, b_lanes) },
-        _ => lanes_scalar(a_lanes, b_lanes),
-    };
-    let tail: f32 = a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum();
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            sums[i] += sums[i + width];
-        }
-        width /= 2;
-    }
-    sums[0] + tail
-}
-
-/// Sums of products lane by lane, the scalar twin.
-fn lanes_scalar(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> [f32; LANES] {
-    let mut sums = [0f32; LANES];
-    for (a, b) in a.iter().zip(b) {
-        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
-            *sum = a.mul_add(*b, *sum);
-        }
-    }
-    sums
-}
-
-/// [`lanes_scalar`] with AVX2 and FMA.
-///
-/// # Safety
-/// The machine must have them.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn lanes_avx2(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> [f32; LANES] {
-    use std::arch::x86_64::*;
-    let mut sums = [_mm256_setzero_ps(); LANES / 8];
-    for (a, b) in a.iter().zip(b) {
-        for (i, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: eight numbers from each multiple of eight on are in the chunks.
-            *sum = unsafe {
-                let (a, b) = (a.as_ptr().add(8 * i), b.as_ptr().add(8 * i));
-                _mm256_fmadd_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), *sum)
-            };
-        }
-    }
-    let mut out = [0f32; LANES];
-    for (i, sum) in sums.into_iter().enumerate() {
-        // SAFETY: room for eight numbers.
-        unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * i), sum) };
-    }
-    out
 }
 
 #[cfg(test)]
@@ -200,24 +142,6 @@ mod tests {
             linear(&x, &q, bias.as_deref(), &mut packed);
             linear(&x, &q.dequantize(), bias.as_deref(), &mut y);
             prop_assert_eq!(packed, y);
-        }
-    }
-
-    #[test]
-    #[cfg(target_arch = "x86_64")]
-    fn dots_have_the_bits_of_the_scalar_twin() {
-        let mut rng = SplitMix64::new(2);
-        for len in [0, 1, 7, 31, 32, 33, 100, 576, 1537] {
-            let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
-            let (a, b) = (normals(len), normals(len));
-            let (a_lanes, b_lanes) = (a.as_chunks().0, b.as_chunks().0);
-            if Isa::Avx2.detected() {
-                // SAFETY: just asked for.
-                let fast = unsafe { lanes_avx2(a_lanes, b_lanes) };
-                assert_eq!(fast, lanes_scalar(a_lanes, b_lanes), "{len}");
-            }
-            let want: f64 = a.iter().zip(&b).map(|(a, b)| *a as f64 * *b as f64).sum();
-            approx::assert_abs_diff_eq!(dot(&a, &b) as f64, want, epsilon = 1e-4);
         }
     }
 

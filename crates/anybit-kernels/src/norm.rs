@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::linear::dot;
+use crate::dot::dot;
 
 /// Rows that one task normalizes.
 const ROWS: usize = 16;

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use anybit_core::linalg::{View, matmul, matmul_into};
 use anybit_kernels::activation::exp;
-use anybit_kernels::linear::dot;
+use anybit_kernels::dot::dot;
 use anybit_kernels::{DisjointMut, with_scratch};
 use rayon::prelude::*;
 

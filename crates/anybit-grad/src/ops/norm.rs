@@ -1,7 +1,7 @@
 //! RMSNorm over groups of `n` channels: `y = x · r · w` with `r = (mean(x²) + ε)^−½`. The residual
 //! stream is one group per token, queries and keys of Qwen3 one group per head.
 
-use anybit_kernels::linear::dot;
+use anybit_kernels::dot::dot;
 use anybit_kernels::{rms_norm, with_scratch};
 use rayon::prelude::*;
 

@@ -1,18 +1,20 @@
-//! `y = x Wᵀ + b` for few tokens: products straight from packed codes.
+//! `y = x Wᵀ + b` straight from packed codes.
 //!
 //! A decode step reads every weight once, so its speed is that of memory as long as taking codes
 //! apart costs less than fetching them. [`PackedWeight`] holds codes in the order in which vector
-//! registers take them apart ([`plane`]); activations are 16-bit integers ([`operand`]), so one
-//! multiply-add of pairs serves every grid: affine codes widened, codebook entries looked up by
-//! byte shuffle. All tokens of a step share one unpacking.
+//! registers take them apart: affine codes in tiles of eight rows ([`affine`]), codes of tables row by
+//! row ([`table`]). Activations are 16-bit integers ([`operand`]), so one multiply-add of pairs
+//! serves every grid. Few tokens share one unpacking in registers; for many, two tiles of affine
+//! codes are unpacked to 16 bits and multiplied with all tokens.
 //!
 //! Rows are independent and sums run in a fixed order: the same input gives the same bits on any
 //! number of threads and in any company of other tokens.
 
+mod affine;
 mod lines;
 mod operand;
-mod plane;
-mod scalar;
+mod slices;
+mod table;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -20,19 +22,74 @@ mod x86;
 
 use std::ops::Range;
 
-use anybit_core::{QuantizedMatrix, RowSource, Segment, Sparse};
+use anybit_core::{Plane, QuantizedMatrix, RowSource, Segment, Sparse};
 
 use crate::isa::{Isa, isa};
 use crate::pool::SpinPool;
 use crate::{DisjointMut, QuantizedRows};
+use affine::{AffinePlane, TILE};
 use lines::Lines;
-use operand::{LANES, Operand, RUN};
-use plane::{BLOCK, Grouping, TiledPlane, Values};
+use operand::Operand;
+use table::TablePlane;
 
-/// Rows between two looks at the next token: their codes stay in the first-level cache.
-const ROWS: usize = 8;
-/// Tokens that share one unpacking.
+/// Tokens that share one unpacking in registers.
 const TOKENS: usize = 4;
+/// Up to this many tokens, unpacking again for each [`TOKENS`] is faster than panels.
+const FEW_TOKENS: usize = 16;
+/// Tokens that share a panel, a multiple of those that are multiplied at once: with their sums and
+/// a run of their codes, what the first-level cache holds.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+const CHUNK: usize = 48;
+
+/// A plane in kernel order.
+#[derive(Debug, Clone)]
+enum KernelPlane {
+    Affine(AffinePlane),
+    Table(TablePlane),
+}
+
+impl KernelPlane {
+    /// `None` where kernels do not know the grouping.
+    fn new(plane: &Plane) -> Option<Self> {
+        // A plane's fields are open: with other bits kernels would read behind its codes.
+        if plane.cols == 0 || plane.grid.validate(plane.cols).is_err() {
+            return None;
+        }
+        match affine::is_affine(&plane.grid) {
+            true => AffinePlane::new(plane).map(Self::Affine),
+            false => TablePlane::new(plane).map(Self::Table),
+        }
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Self::Affine(plane) => plane.rows,
+            Self::Table(plane) => plane.rows,
+        }
+    }
+
+    fn cols(&self) -> usize {
+        match self {
+            Self::Affine(plane) => plane.cols,
+            Self::Table(plane) => plane.cols,
+        }
+    }
+
+    /// Bytes that a product reads.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Affine(plane) => plane.bytes(),
+            Self::Table(plane) => plane.bytes(),
+        }
+    }
+
+    fn decode_row(&self, row: usize, out: &mut [f32]) {
+        match self {
+            Self::Affine(plane) => plane.decode_row(row, out),
+            Self::Table(plane) => plane.decode_row(row, out),
+        }
+    }
+}
 
 /// A packed weight `[out, in]` in kernel order. It decodes to the same bits as the matrix that it
 /// was made of.
@@ -41,7 +98,7 @@ pub struct PackedWeight {
     rows: usize,
     cols: usize,
     /// Row groups outermost, as in [`QuantizedMatrix`].
-    planes: Vec<TiledPlane>,
+    planes: Vec<KernelPlane>,
     column_groups: usize,
     column_scale: Option<Vec<f32>>,
     /// Logical row of each stored row.
@@ -54,8 +111,8 @@ pub struct PackedWeight {
 
 impl PackedWeight {
     /// Brings `matrix` into kernel order. `None` for groups of columns that are not multiples of
-    /// 32, for very long rows (over 32768 columns in groups) and for what is empty: the general
-    /// path serves them.
+    /// 32, for very long rows of tables (over 32768 columns in groups) and for what is empty: the
+    /// general path serves them.
     ///
     /// # Panics
     /// When planes do not tile the matrix, or the permutation of its rows is none.
@@ -65,7 +122,7 @@ impl PackedWeight {
             return None;
         }
         assert!(is_whole(matrix), "planes and permutation do not fit their matrix");
-        let planes = matrix.planes.iter().map(TiledPlane::new).collect::<Option<_>>()?;
+        let planes = matrix.planes.iter().map(KernelPlane::new).collect::<Option<_>>()?;
         let logical = matrix.row_perm.as_ref().map(|perm| {
             let mut logical = vec![0; rows];
             for (row, stored) in perm.iter().enumerate() {
@@ -90,22 +147,40 @@ impl PackedWeight {
     /// Bytes of a product's pass over the weight, padding included.
     pub fn pass_bytes(&self) -> usize {
         let sparse = self.sparse.as_ref().map_or(0, |s| s.values.len() * 6 + s.rows.len() * 4);
-        self.planes.iter().map(TiledPlane::bytes).sum::<usize>() + sparse
+        self.planes.iter().map(KernelPlane::bytes).sum::<usize>() + sparse
     }
 
     /// Bytes held in memory.
     pub fn held_bytes(&self) -> usize {
         let words = |v: &Option<Vec<u32>>| v.as_ref().map_or(0, |v| 4 * v.len());
         let scale = self.column_scale.as_ref().map_or(0, |s| 4 * s.len());
-        let exact = self.planes.iter().map(TiledPlane::exact_bytes).sum::<usize>();
+        let exact = self.planes.iter().map(|plane| match plane {
+            KernelPlane::Affine(_) => 0,
+            KernelPlane::Table(plane) => 2 * plane.table.exact.len(),
+        });
+        let exact = exact.sum::<usize>();
         self.pass_bytes() + words(&self.logical) + words(&self.stored) + scale + exact
+    }
+
+    /// Whether many tokens are multiplied as few are. Else decoding rows for GEMM is faster.
+    pub fn takes_many(&self) -> bool {
+        isa() > Isa::Scalar && self.is_affine()
+    }
+
+    /// Columns of each column group.
+    fn widths(&self) -> impl Iterator<Item = usize> {
+        self.planes[..self.column_groups].iter().map(KernelPlane::cols)
+    }
+
+    /// Whether all codes are affine.
+    fn is_affine(&self) -> bool {
+        self.planes.iter().all(|plane| matches!(plane, KernelPlane::Affine(_)))
     }
 
     /// Whether inputs quantized in these segments can be multiplied as integers:
     /// no column scale, and column groups that are the segments.
     pub fn takes_codes(&self, segments: &[Segment]) -> bool {
-        let groups = self.planes[..self.column_groups].iter().map(|p| p.cols);
-        self.column_scale.is_none() && groups.eq(segments.iter().map(|s| s.cols))
+        self.column_scale.is_none() && self.widths().eq(segments.iter().map(|s| s.cols))
     }
 }
 
@@ -140,13 +215,13 @@ impl RowSource for PackedWeight {
         for (row, out) in rows.zip(out.chunks_exact_mut(self.cols)) {
             let mut slot = self.stored.as_ref().map_or(row, |s| s[row] as usize);
             let mut first = 0;
-            while slot >= self.planes[first].rows {
-                slot -= self.planes[first].rows;
+            while slot >= self.planes[first].rows() {
+                slot -= self.planes[first].rows();
                 first += self.column_groups;
             }
             let mut rest = &mut *out;
             for plane in &self.planes[first..first + self.column_groups] {
-                let (own, tail) = rest.split_at_mut(plane.cols);
+                let (own, tail) = rest.split_at_mut(plane.cols());
                 plane.decode_row(slot, own);
                 rest = tail;
             }
@@ -161,16 +236,6 @@ impl RowSource for PackedWeight {
 
     fn stored_bytes(&self) -> usize {
         self.stored_bytes
-    }
-}
-
-/// The 64 codes of a block, with the best instructions.
-fn unpack_codes(bytes: &[u8], bits: u8, codes: &mut [u8; BLOCK]) {
-    match isa() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: chosen because the machine has these instructions.
-        Isa::Avx2 | Isa::Avx512 => unsafe { x86::unpack_codes(bytes, bits, codes) },
-        _ => plane::unpack_block(bytes, bits as usize, codes),
     }
 }
 
@@ -199,13 +264,14 @@ pub struct Scratch {
     /// Of each product and column group.
     operands: Vec<Operand>,
     /// Of each product's planes: what sums start from.
-    initial: Vec<Lines<i32>>,
+    starts: Vec<Lines<i32>>,
 }
 
 /// Computes `y = x Wᵀ + bias` for all `products`, which share an input, in one parallel region.
 ///
 /// With [`Input::Values`] an input is rounded to 15 bits of the largest of 256 columns; products
-/// with [`Input::Codes`] are exact integers until they are scaled.
+/// with [`Input::Codes`] are exact integers until they are scaled. A token gets the same bits in any
+/// company.
 ///
 /// # Panics
 /// When a buffer's length does not fit, weights take inputs of other lengths than each other, there
@@ -229,21 +295,21 @@ fn gemv_on(
     let operands: usize = products.iter().map(|p| p.weight.column_groups).sum();
     let planes: usize = products.iter().map(|p| p.weight.planes.len()).sum();
     scratch.operands.resize_with(operands.max(scratch.operands.len()), Operand::default);
-    scratch.initial.resize_with(planes.max(scratch.initial.len()), Lines::default);
-    prepare(input, products, scratch);
+    scratch.starts.resize_with(planes.max(scratch.starts.len()), Lines::default);
+    let firsts = prepare(isa, input, products, scratch);
     let tokens = scratch.operands[0].tokens;
     let mut jobs = Jobs { isa, parts: [const { None }; MOST], tokens };
-    let (mut operands, mut initial) = (&scratch.operands[..], &scratch.initial[..]);
-    for (part, product) in jobs.parts.iter_mut().zip(products.iter_mut()) {
+    let mut starts = &scratch.starts[..];
+    for (at, product) in products.iter_mut().enumerate() {
         let weight = product.weight;
         assert_eq!(product.y.len(), tokens * weight.rows, "output has another shape");
         assert!(product.bias.is_none_or(|b| b.len() == weight.rows), "bias has another length");
-        let (own, rest) = operands.split_at(weight.column_groups);
-        assert!(own.iter().all(|x| x.tokens == tokens), "inputs of other lengths");
-        let (initials, others) = initial.split_at(weight.planes.len());
+        let operands = &scratch.operands[firsts[at]..][..weight.column_groups];
+        assert!(operands.iter().all(|x| x.tokens == tokens), "inputs of other lengths");
+        let (own, others) = starts.split_at(weight.planes.len());
         let (bias, y) = (product.bias, DisjointMut::new(product.y));
-        *part = Some(Part { weight, bias, y, operands: own, initial: initials });
-        (operands, initial) = (rest, others);
+        jobs.parts[at] = Some(Part { weight, bias, y, operands, starts: own });
+        starts = others;
     }
     let threads = pool.threads();
     pool.run(&|worker| jobs.run(worker, threads, input));
@@ -252,63 +318,70 @@ fn gemv_on(
 /// Most products of one input: queries, keys and values.
 const MOST: usize = 4;
 
-/// Fills operands and the starts of sums.
-fn prepare(input: Input<'_>, products: &[Product<'_>], scratch: &mut Scratch) {
-    let (mut operands, mut initials) = (&mut scratch.operands[..], &mut scratch.initial[..]);
-    for Product { weight, .. } in products {
-        let (own, rest) = std::mem::take(&mut operands).split_at_mut(weight.column_groups);
-        let mut first = 0;
-        for (group, operand) in own.iter_mut().enumerate() {
-            let cols = weight.planes[group].cols;
-            match input {
-                Input::Values(x) => {
-                    let factors = weight.column_scale.as_deref();
-                    assert!(x.len().is_multiple_of(weight.cols), "inputs are not whole tokens");
-                    operand.fill(x, weight.cols, (first, cols), factors);
-                }
-                Input::Codes(x) => {
-                    let own = weight.column_scale.is_none()
-                        && x.segments.len() == weight.column_groups
-                        && x.segments[group] == cols;
-                    assert!(own, "inputs have other segments");
-                    operand.fill_codes(x, group, (first, cols));
-                }
+/// Fills operands and the starts of sums. Returns where each product's operands begin: weights
+/// that cut their input alike share them.
+fn prepare(
+    isa: Isa,
+    input: Input<'_>,
+    products: &[Product<'_>],
+    scratch: &mut Scratch,
+) -> [usize; MOST] {
+    let (mut firsts, mut end) = ([0; MOST], 0);
+    let mut starts = &mut scratch.starts[..];
+    for (at, Product { weight, .. }) in products.iter().enumerate() {
+        let alike = |other: &Product<'_>| {
+            let plain = weight.column_scale.is_none() && other.weight.column_scale.is_none();
+            plain && weight.widths().eq(other.weight.widths())
+        };
+        match products[..at].iter().position(alike) {
+            Some(other) => firsts[at] = firsts[other],
+            None => {
+                firsts[at] = end;
+                end += weight.column_groups;
+                fill(input, weight, &mut scratch.operands[firsts[at]..end]);
             }
-            first += cols;
         }
-        let (starts, others) = std::mem::take(&mut initials).split_at_mut(weight.planes.len());
-        for (at, (plane, start)) in weight.planes.iter().zip(starts).enumerate() {
-            initial(plane, &own[at % weight.column_groups], start);
+        let own = &mut scratch.operands[firsts[at]..][..weight.column_groups];
+        if takes_panels(isa, own[0].tokens, weight) {
+            own.iter_mut().filter(|x| x.interleaved.is_empty()).for_each(Operand::interleave);
         }
-        (operands, initials) = (rest, others);
+        let operands = &scratch.operands[firsts[at]..][..weight.column_groups];
+        let (own, others) = starts.split_at_mut(weight.planes.len());
+        for (at, (plane, starts)) in weight.planes.iter().zip(own).enumerate() {
+            if let KernelPlane::Affine(plane) = plane {
+                plane.starts(&operands[at % weight.column_groups], starts);
+            }
+        }
+        starts = others;
     }
+    firsts
 }
 
-/// What the sums of a plane start from: `−2z·Σ a` where zero points are fixed, `Σ a` where they
-/// are stored, nothing for tables; a vector per run, per block where groups are blocks, per half
-/// where they are halves.
-fn initial(plane: &TiledPlane, x: &Operand, out: &mut Lines<i32>) {
-    let factor = match &plane.values {
-        Values::Fixed { doubled_zero } => -doubled_zero,
-        Values::Stored { .. } => 1,
-        Values::Table(_) => return,
-    };
-    let halves = match plane.grouping {
-        Grouping::Row => 2 * RUN,
-        Grouping::Blocks(_) => 2,
-        Grouping::Halves(_) => 1,
-    };
-    let parts = (2 * x.blocks).div_ceil(halves);
-    out.resize(x.tokens * parts * LANES);
-    let tokens = x.sums.chunks_exact(2 * LANES * x.blocks);
-    for (token, out) in tokens.zip(out.chunks_exact_mut(parts * LANES)) {
-        let parts = token.chunks(halves * LANES).zip(out.as_chunks_mut::<LANES>().0);
-        for (part, sums) in parts {
-            *sums = [0; LANES];
-            for half in part.as_chunks::<LANES>().0 {
-                sums.iter_mut().zip(half).for_each(|(sum, s)| *sum += factor * s);
+/// Whether a product unpacks tiles for many tokens.
+fn takes_panels(isa: Isa, tokens: usize, weight: &PackedWeight) -> bool {
+    isa > Isa::Scalar && tokens > FEW_TOKENS && weight.is_affine()
+}
+
+/// Fills the operands of a weight's column groups.
+fn fill(input: Input<'_>, weight: &PackedWeight, operands: &mut [Operand]) {
+    let mut first = 0;
+    for (group, operand) in operands.iter_mut().enumerate() {
+        let cols = weight.planes[group].cols();
+        match input {
+            Input::Values(x) => {
+                let factors = weight.column_scale.as_deref();
+                assert!(x.len().is_multiple_of(weight.cols), "inputs are not whole tokens");
+                operand.fill(x, weight.cols, (first, cols), factors);
+            }
+            Input::Codes(x) => {
+                let own = weight.column_scale.is_none()
+                    && x.segments.len() == weight.column_groups
+                    && x.segments[group] == cols;
+                assert!(own, "inputs have other segments");
+                operand.fill_codes(x, group, (first, cols));
             }
         }
+        first += cols;
     }
 }
 
@@ -319,7 +392,7 @@ struct Part<'a> {
     y: DisjointMut,
     operands: &'a [Operand],
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
-    initial: &'a [Lines<i32>],
+    starts: &'a [Lines<i32>],
 }
 
 struct Jobs<'a> {
@@ -329,40 +402,72 @@ struct Jobs<'a> {
 }
 
 impl Jobs<'_> {
-    /// Computes the share of one of `threads` workers: as many rows of each plane as the others,
-    /// so that all have the same bytes and the same work.
+    /// Computes the share of one of `threads` workers: as many tiles of each row group as the
+    /// others, so that all have the same bytes and the same work.
     fn run(&self, index: usize, threads: usize, input: Input<'_>) {
-        let mut worker = Worker { isa: self.isa, tokens: self.tokens, input, room: Room::new() };
-        for part in self.parts.iter().flatten() {
-            let weight = part.weight;
-            let mut stored = 0;
-            for (group, planes) in weight.planes.chunks_exact(weight.column_groups).enumerate() {
-                let rows = planes[0].rows;
-                let end = rows * (index + 1) / threads;
-                for first in (rows * index / threads..end).step_by(ROWS) {
-                    worker.rows(part, group, first..end.min(first + ROWS), stored);
+        with_room(|room| {
+            let mut worker = Worker { isa: self.isa, tokens: self.tokens, input, room };
+            for part in self.parts.iter().flatten() {
+                let weight = part.weight;
+                let many = takes_panels(self.isa, self.tokens, weight);
+                let mut stored = 0;
+                let groups = weight.planes.chunks_exact(weight.column_groups);
+                for (group, planes) in groups.enumerate() {
+                    let own = RowGroup { part, group, stored, rows: planes[0].rows() };
+                    let tiles = own.rows.div_ceil(TILE);
+                    let share = tiles * index / threads..tiles * (index + 1) / threads;
+                    match many {
+                        #[cfg(target_arch = "x86_64")]
+                        true => worker.panels(&own, share),
+                        _ => share.for_each(|tile| worker.tile(&own, tile)),
+                    }
+                    stored += own.rows;
                 }
-                stored += rows;
             }
-        }
+        });
     }
 }
 
-/// Products of a few rows with `T` tokens.
-type Sums<const T: usize> = [[f32; T]; ROWS];
+/// Rows of equal grids of a product.
+struct RowGroup<'a> {
+    part: &'a Part<'a>,
+    group: usize,
+    /// Its first stored row.
+    stored: usize,
+    rows: usize,
+}
+
+impl RowGroup<'_> {
+    /// Stored rows of tiles from `tile` on.
+    fn slots(&self, tile: usize, count: usize) -> Range<usize> {
+        let end = self.rows.min(count);
+        self.stored + (tile * TILE).min(end)..self.stored + end
+    }
+}
 
 /// What kernels write on while they work.
-#[cfg(target_arch = "x86_64")]
-type Room = x86::Spread;
-/// What kernels write on while they work: scalar ones need nothing.
-#[cfg(not(target_arch = "x86_64"))]
-struct Room;
+struct Room {
+    #[cfg(target_arch = "x86_64")]
+    spread: x86::table::Spread,
+    #[cfg(target_arch = "x86_64")]
+    panel: Lines<i16>,
+    #[cfg(target_arch = "x86_64")]
+    sums: [[f32; x86::affine::PANEL_ROWS]; CHUNK],
+}
 
-#[cfg(not(target_arch = "x86_64"))]
-impl Room {
-    fn new() -> Self {
-        Self
+/// Runs `f` with this thread's room, which is made once.
+fn with_room<R>(f: impl FnOnce(&mut Room) -> R) -> R {
+    thread_local! {
+        static ROOM: std::cell::RefCell<Box<Room>> = std::cell::RefCell::new(Box::new(Room {
+            #[cfg(target_arch = "x86_64")]
+            spread: x86::table::Spread::new(),
+            #[cfg(target_arch = "x86_64")]
+            panel: Lines::zeros(x86::affine::PANEL),
+            #[cfg(target_arch = "x86_64")]
+            sums: [[0.0; x86::affine::PANEL_ROWS]; CHUNK],
+        }));
     }
+    ROOM.with_borrow_mut(|room| f(room))
 }
 
 /// One thread's part of a product.
@@ -371,59 +476,78 @@ struct Worker<'a> {
     tokens: usize,
     input: Input<'a>,
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
-    room: Room,
+    room: &'a mut Room,
 }
 
 impl Worker<'_> {
-    /// Rows `rows` of a row group whose first stored row is `stored`, for all tokens. A kernel
-    /// takes one token or four: the last are repeated.
-    fn rows(&mut self, part: &Part<'_>, group: usize, rows: Range<usize>, stored: usize) {
-        let mut token = 0;
-        while token < self.tokens {
-            let left = self.tokens - token;
-            if left == 1 {
-                let sums = self.products(part, group, rows.clone(), [token]);
-                self.write(part, &sums, stored + rows.start..stored + rows.end, token, 1);
-            } else {
-                let last = left.min(TOKENS) - 1;
-                let tokens = std::array::from_fn(|t| token + t.min(last));
-                let sums = self.products::<TOKENS>(part, group, rows.clone(), tokens);
-                self.write(part, &sums, stored + rows.start..stored + rows.end, token, last + 1);
+    /// A tile of rows, for all tokens. A kernel takes one token or four: the last are repeated.
+    fn tile(&mut self, own: &RowGroup<'_>, tile: usize) {
+        let slots = own.slots(tile, (tile + 1) * TILE);
+        for first in (0..self.tokens).step_by(TOKENS) {
+            match self.tokens - first {
+                1 => {
+                    let sums = self.products(own, tile, [first]);
+                    self.write(own.part, slots.clone(), first, &sums);
+                }
+                left => {
+                    let last = left.min(TOKENS) - 1;
+                    let tokens = std::array::from_fn(|t| first + t.min(last));
+                    let sums = self.products::<TOKENS>(own, tile, tokens);
+                    self.write(own.part, slots.clone(), first, &sums[..=last]);
+                }
             }
-            token += TOKENS;
         }
     }
 
-    /// Products of rows of a row group with tokens, over all column groups.
+    /// Products of a tile with tokens, over all column groups.
     fn products<const T: usize>(
         &mut self,
-        part: &Part<'_>,
-        group: usize,
-        rows: Range<usize>,
+        own: &RowGroup<'_>,
+        tile: usize,
         tokens: [usize; T],
-    ) -> Sums<T> {
-        let groups = part.weight.column_groups;
-        let mut sums = [[0f32; T]; ROWS];
-        for (at, x) in part.operands.iter().enumerate() {
-            let index = group * groups + at;
-            let plane = &part.weight.planes[index];
-            match self.isa {
+    ) -> [[f32; TILE]; T] {
+        let weight = own.part.weight;
+        let groups = weight.column_groups;
+        let mut sums = [[0f32; TILE]; T];
+        for (at, x) in own.part.operands.iter().enumerate() {
+            let index = own.group * groups + at;
+            match &weight.planes[index] {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 | Isa::Avx512 => {
-                    let (rows, initial) = (rows.clone(), &part.initial[index]);
-                    let call = x86::Call { plane, rows, x, initial, tokens };
+                KernelPlane::Affine(plane) if self.isa > Isa::Scalar => {
+                    let input = x86::affine::Input { plane, x, starts: &own.part.starts[index] };
                     // SAFETY: chosen because the machine has these instructions.
                     unsafe {
                         match self.isa {
-                            Isa::Avx512 => x86::avx512::rows(&call, &mut self.room, &mut sums),
-                            _ => x86::avx2::rows(&call, &mut self.room, &mut sums),
+                            Isa::Avx512 => {
+                                x86::affine::avx512::tile(input, tile, tokens, &mut sums)
+                            }
+                            _ => x86::affine::avx2::tile(input, tile, tokens, &mut sums),
                         }
                     }
                 }
-                _ => {
-                    for (sums, row) in sums.iter_mut().zip(rows.clone()) {
-                        for (sum, token) in sums.iter_mut().zip(tokens) {
-                            *sum += scalar::row(plane, row, x, token);
+                #[cfg(target_arch = "x86_64")]
+                KernelPlane::Table(plane) if self.isa > Isa::Scalar => {
+                    let rows = tile * TILE..own.rows.min((tile + 1) * TILE);
+                    let call = x86::table::Call { plane, rows, x, tokens };
+                    let spread = &mut self.room.spread;
+                    // SAFETY: chosen because the machine has these instructions.
+                    unsafe {
+                        match self.isa {
+                            Isa::Avx512 => x86::table::avx512::rows(&call, spread, &mut sums),
+                            _ => x86::table::avx2::rows(&call, spread, &mut sums),
+                        }
+                    }
+                }
+                KernelPlane::Affine(plane) => {
+                    for (sums, token) in sums.iter_mut().zip(tokens) {
+                        plane.add_tile(tile, x, token, sums);
+                    }
+                }
+                KernelPlane::Table(plane) => {
+                    for (sums, token) in sums.iter_mut().zip(tokens) {
+                        let rows = tile * TILE..own.rows.min((tile + 1) * TILE);
+                        for (sum, row) in sums.iter_mut().zip(rows) {
+                            *sum += plane.product(row, x, token);
                         }
                     }
                 }
@@ -432,26 +556,68 @@ impl Worker<'_> {
         sums
     }
 
-    /// Writes the results of stored rows `rows` and `count` tokens from `token` on.
-    fn write<const T: usize>(
+    /// Tiles of rows for many tokens: two tiles at a time are unpacked for a chunk of tokens.
+    #[cfg(target_arch = "x86_64")]
+    fn panels(&mut self, own: &RowGroup<'_>, tiles: Range<usize>) {
+        let (part, groups) = (own.part, own.part.weight.column_groups);
+        for first in (0..self.tokens).step_by(CHUNK) {
+            let tokens = first..self.tokens.min(first + CHUNK);
+            for tile in tiles.clone().step_by(2) {
+                // An odd tile is taken twice.
+                let both = [tile, (tile + 1).min(tiles.end - 1)];
+                let Room { panel, sums, .. } = &mut *self.room;
+                let sums = &mut sums[..tokens.len()];
+                sums.fill([0.0; x86::affine::PANEL_ROWS]);
+                for (at, x) in part.operands.iter().enumerate() {
+                    let index = own.group * groups + at;
+                    let KernelPlane::Affine(plane) = &part.weight.planes[index] else {
+                        unreachable!("panels are of affine codes");
+                    };
+                    let input = x86::affine::Input { plane, x, starts: &part.starts[index] };
+                    // SAFETY: chosen because the machine has these instructions.
+                    unsafe {
+                        match self.isa {
+                            Isa::Avx512 => {
+                                x86::affine::avx512::panel(input, both, tokens.clone(), panel, sums)
+                            }
+                            _ => x86::affine::avx2::panel(input, both, tokens.clone(), panel, sums),
+                        }
+                    }
+                }
+                let slots = own.slots(tile, (both[1] + 1) * TILE);
+                self.write(part, slots, first, &self.room.sums[..tokens.len()]);
+            }
+        }
+    }
+
+    /// Writes the results of stored rows `slots` and of the tokens of `sums`, the first of which is
+    /// `token`.
+    fn write<const N: usize>(
         &self,
         part: &Part<'_>,
-        sums: &Sums<T>,
-        rows: Range<usize>,
+        slots: Range<usize>,
         token: usize,
-        count: usize,
+        sums: &[[f32; N]],
     ) {
         let weight = part.weight;
-        for (sums, slot) in sums.iter().zip(rows) {
-            let row = weight.logical.as_ref().map_or(slot, |l| l[slot] as usize);
-            let bias = part.bias.map_or(0.0, |b| b[row]);
-            for (t, sum) in sums[..count].iter().enumerate() {
-                let mut sum = *sum + bias;
+        for (t, sums) in sums.iter().enumerate() {
+            let first = (token + t) * weight.rows;
+            if weight.logical.is_none() && weight.sparse.is_none() {
+                for (at, sum) in slots.clone().zip(sums) {
+                    let sum = sum + part.bias.map_or(0.0, |b| b[at]);
+                    // SAFETY: an element of a row that this worker alone has.
+                    unsafe { *part.y.at(first + at) = sum };
+                }
+                continue;
+            }
+            for (sum, slot) in sums.iter().zip(slots.clone()) {
+                let row = weight.logical.as_ref().map_or(slot, |l| l[slot] as usize);
+                let mut sum = *sum + part.bias.map_or(0.0, |b| b[row]);
                 if let Some(sparse) = &weight.sparse {
                     sum += sparse_product(sparse, row, token + t, self.input, weight.cols);
                 }
-                // SAFETY: an element of a row that this worker alone has.
-                unsafe { *part.y.at((token + t) * weight.rows + row) = sum };
+                // SAFETY: as above.
+                unsafe { *part.y.at(first + row) = sum };
             }
         }
     }

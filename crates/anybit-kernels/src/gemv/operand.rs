@@ -10,16 +10,24 @@
 //!
 //! and everything in the bracket is an integer for half-integer `z` too.
 
+use rayon::prelude::*;
+
 use super::lines::Lines;
-use super::plane::BLOCK;
 use crate::QuantizedRows;
+
+/// Columns of a block.
+pub(super) const BLOCK: usize = 64;
 
 /// Largest magnitude of `a`.
 const LARGEST: f32 = 16383.0;
 /// Blocks that share a scale: their integers add up in an i32 whatever the grid.
 pub(super) const RUN: usize = 4;
-/// Lanes of a vector of sums.
-pub(super) const LANES: usize = 8;
+/// Halves of blocks in a run.
+pub(super) const HALVES: usize = 2 * RUN;
+/// Up to this many tokens, rounding them is not worth waking other threads.
+const FEW: usize = 8;
+/// Tokens that a panel is multiplied with at a time: with two tiles, they take all registers.
+pub(super) const AT_ONCE: usize = 6;
 
 /// Activations of some tokens for the columns of one plane.
 #[derive(Debug, Clone, Default)]
@@ -30,20 +38,62 @@ pub(super) struct Operand {
     pub runs: usize,
     /// `A`, `[tokens, blocks, 64]`; zero behind the last column.
     pub codes: Lines<i16>,
+    /// The same for panels, if [`Self::interleave`] was asked for: `[pairs, 6]` pairs of neighbours
+    /// of six tokens, and so on; the last ones may be fewer.
+    pub interleaved: Lines<[i16; 2]>,
     /// What `A·u` = 1 is worth but for the weight's scale, `[tokens, runs]`.
     pub scales: Vec<f32>,
-    /// `Σ a` of either half of a block as vector lanes sum it: lane `l` holds the columns `2l`
-    /// and `2l + 1` of every sixteen. `[tokens, blocks, 2, 8]`.
+    /// `Σ a` of either half of a block, `[tokens, blocks, 2]`.
     pub sums: Vec<i32>,
 }
 
 impl Operand {
-    fn reset(&mut self, tokens: usize, cols: usize) {
+    /// Fills each token's codes, scales and sums by `fill(token, codes, scales)`.
+    fn fill_with(
+        &mut self,
+        tokens: usize,
+        cols: usize,
+        fill: impl Fn(usize, &mut [i16], &mut [f32]) + Sync,
+    ) {
         let blocks = cols.div_ceil(BLOCK);
         (self.tokens, self.blocks, self.runs) = (tokens, blocks, blocks.div_ceil(RUN));
         self.codes.resize(tokens * blocks * BLOCK);
         self.scales.resize(tokens * self.runs, 0.0);
-        self.sums.resize(tokens * blocks * 2 * LANES, 0);
+        self.sums.resize(tokens * blocks * 2, 0);
+        self.interleaved.resize(0);
+        let whole = |(token, ((codes, scales), sums)): (usize, Token<'_>)| {
+            fill(token, codes, scales);
+            for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(BLOCK / 2)) {
+                *sum = codes.iter().map(|code| *code as i32).sum::<i32>() / 2;
+            }
+        };
+        let (codes, scales) = (&mut self.codes[..], &mut self.scales[..]);
+        if tokens <= FEW {
+            let codes = codes.chunks_exact_mut(blocks * BLOCK);
+            let scales = scales.chunks_exact_mut(self.runs);
+            let sums = self.sums.chunks_exact_mut(blocks * 2);
+            codes.zip(scales).zip(sums).enumerate().for_each(whole);
+        } else {
+            let codes = codes.par_chunks_exact_mut(blocks * BLOCK);
+            let scales = scales.par_chunks_exact_mut(self.runs);
+            let sums = self.sums.par_chunks_exact_mut(blocks * 2);
+            codes.zip(scales).zip(sums).enumerate().with_min_len(FEW).for_each(whole);
+        }
+    }
+
+    /// Brings codes into the order in which panels take them.
+    pub fn interleave(&mut self) {
+        let pairs = self.blocks * BLOCK / 2;
+        self.interleaved.resize(self.tokens * pairs);
+        let codes = self.codes.par_chunks(AT_ONCE * 2 * pairs);
+        let out = self.interleaved.par_chunks_mut(AT_ONCE * pairs);
+        codes.zip(out).for_each(|(codes, out)| {
+            let count = codes.len() / (2 * pairs);
+            for (token, codes) in codes.chunks_exact(2 * pairs).enumerate() {
+                let out = out[token..].iter_mut().step_by(count);
+                out.zip(codes.as_chunks::<2>().0).for_each(|(out, pair)| *out = *pair);
+            }
+        });
     }
 
     /// Rounds columns `first..first + cols` of rows of `x` of `width` columns, each times its
@@ -55,60 +105,38 @@ impl Operand {
         (first, cols): (usize, usize),
         factors: Option<&[f32]>,
     ) {
-        let tokens = x.len() / width;
-        self.reset(tokens, cols);
-        let (blocks, runs) = (self.blocks, self.runs);
-        for (token, x) in x.chunks_exact(width).enumerate() {
-            for (run, own) in x[first..first + cols].chunks(RUN * BLOCK).enumerate() {
+        self.fill_with(x.len() / width, cols, |token, codes, scales| {
+            let x = &x[token * width + first..][..cols];
+            let runs = x.chunks(RUN * BLOCK).zip(codes.chunks_mut(RUN * BLOCK)).zip(scales);
+            for (run, ((own, codes), scale)) in runs.enumerate() {
                 let mut values = [0f32; RUN * BLOCK];
                 values[..own.len()].copy_from_slice(own);
                 if let Some(factors) = factors {
                     let factors = &factors[first + run * RUN * BLOCK..];
                     values.iter_mut().zip(factors).take(own.len()).for_each(|(v, f)| *v *= f);
                 }
-                let at = token * blocks + run * RUN;
-                let count = RUN.min(blocks - run * RUN);
-                let codes = &mut self.codes[at * BLOCK..(at + count) * BLOCK];
-                self.scales[token * runs + run] = round(&values[..count * BLOCK], codes);
-                (at..at + count).for_each(|block| self.sum(block));
+                *scale = round(&values[..codes.len()], codes);
             }
-        }
+        });
     }
 
     /// Takes columns `first..first + cols` of quantized rows, which are segment `segment`.
     pub fn fill_codes(&mut self, x: &QuantizedRows, segment: usize, (first, cols): (usize, usize)) {
         let segments = x.segments.len();
-        let tokens = x.codes.len() / x.cols.max(1);
-        self.reset(tokens, cols);
-        let (blocks, runs) = (self.blocks, self.runs);
-        for (token, row) in x.codes.chunks_exact(x.cols).enumerate() {
+        self.fill_with(x.codes.len() / x.cols.max(1), cols, |token, codes, scales| {
             let zero = x.doubled_zeros[token * segments + segment];
-            let scale = 0.25 * x.scales[token * segments + segment];
-            for (block, own) in row[first..first + cols].chunks(BLOCK).enumerate() {
-                let at = token * blocks + block;
-                let codes = &mut self.codes[at * BLOCK..(at + 1) * BLOCK];
-                codes[own.len()..].fill(0);
-                for (code, a) in codes.iter_mut().zip(own) {
-                    *code = (2 * (2 * *a as i32 - zero)) as i16;
-                }
-                self.sum(at);
+            let own = &x.codes[token * x.cols + first..][..cols];
+            codes[cols..].fill(0);
+            for (code, a) in codes.iter_mut().zip(own) {
+                *code = (2 * (2 * *a as i32 - zero)) as i16;
             }
-            self.scales[token * runs..(token + 1) * runs].fill(scale);
-        }
-    }
-
-    fn sum(&mut self, at: usize) {
-        let codes = &self.codes[at * BLOCK..(at + 1) * BLOCK];
-        let sums = &mut self.sums[at * 2 * LANES..(at + 1) * 2 * LANES];
-        for (sums, codes) in sums.as_chunks_mut::<LANES>().0.iter_mut().zip(codes.chunks_exact(32))
-        {
-            for (lane, sum) in sums.iter_mut().enumerate() {
-                let pair = |at: usize| codes[at] as i32 + codes[at + 1] as i32;
-                *sum = (pair(2 * lane) + pair(2 * lane + 16)) / 2;
-            }
-        }
+            scales.fill(0.25 * x.scales[token * segments + segment]);
+        });
     }
 }
+
+/// A token's codes, scales and sums.
+type Token<'a> = ((&'a mut [i16], &'a mut [f32]), &'a mut [i32]);
 
 /// Rounds a run to codes and returns its scale.
 fn round(values: &[f32], codes: &mut [i16]) -> f32 {

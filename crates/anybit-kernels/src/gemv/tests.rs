@@ -1,3 +1,4 @@
+use super::operand::{BLOCK, RUN};
 use super::*;
 use anybit_core::rng::SplitMix64;
 use anybit_core::{ActivationQuantizer, GridSpec, Matrix, Plane, RowScale};
@@ -209,7 +210,7 @@ fn corners_of_every_width() {
     let shapes = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257];
     for bits in 1..=8u8 {
         for (at, cols) in shapes.into_iter().enumerate() {
-            let rows = [1, ROWS + 1, ROWS][at % 3];
+            let rows = [1, TILE + 1, TILE][at % 3];
             for kind in 0..5usize {
                 let bits = if kind == 0 { bits.max(2) } else { bits };
                 let group = [None, Some(32), Some(64)][(at + kind) % 3].filter(|g| *g <= cols);
@@ -254,7 +255,7 @@ fn corners_of_every_width() {
 /// Every product as large as it can be, all of one sign: sums of integers just fit.
 #[test]
 fn the_largest_sums_fit() {
-    let (rows, cols, tokens) = (3, 4 * BLOCK * RUN + 40, 5);
+    let (rows, cols, tokens) = (3, 4 * BLOCK * RUN + 40, 7);
     for kind in [1, 2, 3, 4] {
         for bits in [1, 4, 8] {
             for group in [None, Some(32), Some(128)] {
@@ -292,44 +293,70 @@ fn vectors_unpack_what_the_scalar_twin_does() {
         return;
     }
     let mut rng = SplitMix64::new(8);
-    for bits in 1..=8u8 {
+    for bits in 1..=8usize {
         for _ in 0..20 {
-            // No byte more than a block has, so that a sanitizer sees one that is read too many.
-            let bytes: Vec<u8> = (0..8 * bits as usize).map(|_| rng.next_u64() as u8).collect();
-            let (mut fast, mut slow) = ([0; BLOCK], [0; BLOCK]);
+            // No byte more than there must be, so that a sanitizer sees one that is read too many.
+            let bytes: Vec<u8> = (0..8 * bits).map(|_| rng.next_u64() as u8).collect();
+            let (mut fast, mut slow) = ([0; slices::CODES], [0; slices::CODES]);
             // SAFETY: just asked for.
             unsafe { x86::unpack_codes(&bytes, bits, &mut fast) };
-            plane::unpack_block(&bytes, bits as usize, &mut slow);
+            slices::unpack(&bytes, bits, &mut slow);
             assert_eq!(fast, slow, "{bits} bits");
         }
     }
 }
 
-/// Zero points per row are spread over a row's runs, for which there is room up to a length.
+/// Scales of tables are spread over a row's halves of blocks, for which there is room up to a
+/// length; affine rows have any.
 #[test]
-fn very_long_rows_are_left_to_the_general_path() {
-    let most = plane::MOST_PARTS * BLOCK * RUN;
-    for (grid, cols) in [
-        (grid(1, 1, None), most),
-        (grid(1, 1, Some(64)), plane::MOST_PARTS * BLOCK / 2),
-        (grid(0, 2, None), most + 1),
-    ] {
+fn very_long_rows_of_tables_are_left_to_the_general_path() {
+    let most = table::MOST_PARTS * BLOCK / 2;
+    let weight = |grid, cols| {
         let mut plane = Plane::empty(grid, 1, cols).unwrap();
         plane.scales.fill(f16::ONE);
-        let weight = PackedWeight::new(&QuantizedMatrix::single(plane)).unwrap();
-        let x = vec![0.5; cols];
-        // All codes are zero, and where it is stored so is the zero point.
-        let want = if grid.has_zeros() { 0.0 } else { -grid.implied_zero() * 0.5 * cols as f32 };
+        plane.table.fill(f16::from_f32(0.25));
+        PackedWeight::new(&QuantizedMatrix::single(plane))
+    };
+    assert!(weight(grid(4, 2, Some(32)), most + 1).is_none());
+    // All codes are zero, and where it is stored so is the zero point.
+    for (grid, cols, each) in [
+        (grid(1, 1, None), 8 * most, 0.0),
+        (grid(1, 1, Some(64)), most + 64, 0.0),
+        (grid(0, 2, Some(32)), 2 * most, -2.0),
+        (grid(4, 2, Some(32)), most, 0.25),
+        (grid(4, 2, None), 2 * most, 0.25),
+    ] {
+        let (weight, x) = (weight(grid, cols).unwrap(), vec![0.5; cols]);
+        let want = each * 0.5 * cols as f32;
         for isa in Isa::available() {
             let y = run(isa, 1, Input::Values(&x), &weight, 1)[0];
-            assert!((y - want).abs() <= 1e-4 * want.abs(), "{isa:?} {cols}: {y} {want}");
+            assert!((y - want).abs() <= 2e-4 * want.abs(), "{isa:?} {cols}: {y} {want}");
         }
     }
-    for (grid, cols) in
-        [(grid(1, 1, None), most + 1), (grid(0, 2, Some(32)), plane::MOST_PARTS * BLOCK / 2 + 1)]
-    {
-        let plane = Plane::empty(grid, 1, cols).unwrap();
-        assert!(PackedWeight::new(&QuantizedMatrix::single(plane)).is_none());
+}
+
+/// Panels for many tokens give the bits that few tokens get, whatever the grid, with tiles, tokens
+/// and runs left over.
+#[test]
+fn many_tokens_have_the_bits_of_one() {
+    let mut rng = SplitMix64::new(12);
+    let tokens = 2 * CHUNK + 5;
+    for (at, bits) in (1..=8u8).enumerate() {
+        for kind in 0..3usize {
+            let bits = if kind == 0 { bits.max(2) } else { bits };
+            let group = [None, Some(32), Some(64), Some(96), Some(128), Some(512)][(at + kind) % 6];
+            let (rows, cols) = ([1, 8, 23, 40][at % 4], [70, 256, 300, 577][(at + kind) % 4]);
+            let group = group.filter(|g| *g <= cols);
+            let plane = random_plane(grid(kind, bits, group), rows, cols, &mut rng);
+            let weight = PackedWeight::new(&QuantizedMatrix::single(plane)).unwrap();
+            let x: Vec<f32> = (0..tokens * cols).map(|_| rng.normal() as f32).collect();
+            for isa in Isa::available() {
+                let together = run(isa, 2, Input::Values(&x), &weight, tokens);
+                for (x, y) in x.chunks(cols).zip(together.chunks(rows)) {
+                    assert_eq!(run(isa, 1, Input::Values(x), &weight, 1), y, "{kind} {bits}");
+                }
+            }
+        }
     }
 }
 

@@ -1,0 +1,129 @@
+//! Vector kernels: AVX2, and AVX-512 VNNI on 256-bit vectors, which adds the products of pairs to the
+//! sums in the same instruction.
+
+pub(super) mod affine;
+pub(super) mod table;
+
+use std::arch::x86_64::*;
+
+use super::slices::CODES;
+
+/// # Safety
+/// 32 bytes must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load<V>(at: *const V) -> __m256i {
+    // SAFETY: by the caller's contract.
+    unsafe { _mm256_loadu_si256(at.cast()) }
+}
+
+/// The bytes `E₀` and `E₁`.
+///
+/// # Safety
+/// `8·BITS` bytes must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn unpack<const BITS: usize>(at: *const u8) -> [__m256i; 2] {
+    // SAFETY: the slices take `8·BITS` bytes together.
+    unsafe {
+        match BITS {
+            1 => one(eight(at)),
+            2 => two(sixteen(at)),
+            3 => join::<2>(two(sixteen(at)), one(eight(at.add(16)))),
+            4 => four(load(at)),
+            5 => join::<4>(four(load(at)), one(eight(at.add(32)))),
+            6 => join::<4>(four(load(at)), two(sixteen(at.add(32)))),
+            7 => {
+                let upper = join::<2>(two(sixteen(at.add(32))), one(eight(at.add(48))));
+                join::<4>(four(load(at)), upper)
+            }
+            _ => [load(at), load(at.add(32))],
+        }
+    }
+}
+
+/// Sixteen bytes, in either lane.
+///
+/// # Safety
+/// They must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn sixteen(at: *const u8) -> __m256i {
+    // SAFETY: by the caller's contract.
+    unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(at.cast())) }
+}
+
+/// Eight bytes, in each quarter.
+///
+/// # Safety
+/// They must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn eight(at: *const u8) -> __m256i {
+    // SAFETY: by the caller's contract.
+    unsafe { _mm256_set1_epi64x(at.cast::<i64>().read_unaligned()) }
+}
+
+/// Lower slices, and upper ones shifted by `SHIFT` bits, which stay in their bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn join<const SHIFT: i32>(lower: [__m256i; 2], upper: [__m256i; 2]) -> [__m256i; 2] {
+    [
+        _mm256_or_si256(lower[0], _mm256_slli_epi16::<SHIFT>(upper[0])),
+        _mm256_or_si256(lower[1], _mm256_slli_epi16::<SHIFT>(upper[1])),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn four(v: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(15);
+    [_mm256_and_si256(v, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask)]
+}
+
+/// Of sixteen bytes in either lane.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn two(v: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(3);
+    let low = _mm256_srlv_epi64(v, _mm256_setr_epi64x(0, 0, 2, 2));
+    let high = _mm256_srlv_epi64(v, _mm256_setr_epi64x(4, 4, 6, 6));
+    [_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)]
+}
+
+/// Of eight bytes in each quarter.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn one(v: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(1);
+    let low = _mm256_srlv_epi64(v, _mm256_setr_epi64x(0, 1, 2, 3));
+    let high = _mm256_srlv_epi64(v, _mm256_setr_epi64x(4, 5, 6, 7));
+    [_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)]
+}
+
+/// The codes `E₀` and `E₁`, one after the other.
+///
+/// # Safety
+/// The machine must have AVX2.
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn unpack_codes(bytes: &[u8], bits: usize, codes: &mut [u8; CODES]) {
+    assert!(bytes.len() >= 8 * bits, "codes are cut");
+    let at = bytes.as_ptr();
+    // SAFETY: all bytes are there.
+    let halves = unsafe {
+        match bits {
+            1 => unpack::<1>(at),
+            2 => unpack::<2>(at),
+            3 => unpack::<3>(at),
+            4 => unpack::<4>(at),
+            5 => unpack::<5>(at),
+            6 => unpack::<6>(at),
+            7 => unpack::<7>(at),
+            _ => unpack::<8>(at),
+        }
+    };
+    for (half, codes) in halves.into_iter().zip(codes.as_chunks_mut::<32>().0) {
+        // SAFETY: a half has 32 bytes.
+        unsafe { _mm256_storeu_si256(codes.as_mut_ptr().cast(), half) };
+    }
+}
