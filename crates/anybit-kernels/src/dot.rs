@@ -207,6 +207,15 @@ mod tests {
                 let (a, b) = (a.as_chunks().0, b.as_chunks().0);
                 // SAFETY: just asked for.
                 assert_eq!(unsafe { x86::lanes(a, b) }, lanes(a, b), "{len}");
+                let halves: Vec<[u8; 2]> =
+                    b.as_flattened().iter().map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+                let row = halves.as_chunks().0;
+                // SAFETY: as above.
+                let (f16, bf16) =
+                    unsafe { (x86::lanes_of::<F16>(a, row), x86::lanes_of::<Bf16>(a, row)) };
+                assert_eq!(f16, lanes_of::<F16>(a, row), "{len}");
+                // Bytes of f16 read as bf16 are other numbers, not broken ones.
+                assert_eq!(bf16, lanes_of::<Bf16>(a, row), "{len}");
             }
             let want: f64 = a.iter().zip(&b).map(|(a, b)| *a as f64 * *b as f64).sum();
             approx::assert_abs_diff_eq!(dot(&a, &b) as f64, want, epsilon = 1e-4);

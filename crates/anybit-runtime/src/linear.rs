@@ -1,9 +1,9 @@
 //! Linears of a layer, and how their shared input reaches them.
 //!
-//! Products come straight from packed codes ([`anybit_kernels::gemv`]), however many tokens there are
-//! where codes are affine; of many, codes of tables are decoded to rows for GEMM, and quantized inputs
-//! multiply in bytes with affine weights. Signs multiply with signs by popcount. A quantizer stands
-//! directly before the linears of its site, so what they share is quantized once.
+//! Of few tokens, products come straight from packed codes ([`anybit_kernels::gemv`]); of many,
+//! quantized inputs multiply in integers with affine weights, and everything else goes through
+//! GEMM on decoded rows. Signs multiply with signs by popcount, however many tokens there are. A
+//! quantizer stands directly before the linears of its site, so what they share is quantized once.
 
 use std::sync::Arc;
 
@@ -14,8 +14,8 @@ use anybit_kernels::{CodedWeight, PackedWeight, QuantizedRows, fake_rows, linear
 
 use crate::Result;
 
-/// Up to this many tokens, taking codes of tables apart for each group of tokens is cheaper than
-/// decoding rows for GEMM.
+/// Up to this many tokens, taking codes apart for each group of tokens is cheaper than decoding
+/// rows for GEMM.
 pub const FEW_TOKENS: usize = 32;
 
 /// `y = x Wᵀ + b` with a weight in any storage.
@@ -169,14 +169,13 @@ fn forward_values<const N: usize>(
     outputs: [&mut [f32]; N],
 ) {
     let few = x.len() <= FEW_TOKENS * linears[0].weight.shape().1;
-    let is_packed = |l: &Linear| l.packed.as_ref().is_some_and(|p| few || p.takes_many());
-    if linears.iter().all(|l| is_packed(l)) {
+    if few && linears.iter().all(|l| l.packed.is_some()) {
         return products(linears, Input::Values(x), scratch, outputs);
     }
     for (own, y) in linears.into_iter().zip(outputs) {
-        match is_packed(own) {
-            true => products([own], Input::Values(x), scratch, [y]),
-            false => linear(x, &*own.weight, own.bias.as_deref(), y),
+        match &own.packed {
+            Some(_) if few => products([own], Input::Values(x), scratch, [y]),
+            _ => linear(x, &*own.weight, own.bias.as_deref(), y),
         }
     }
 }

@@ -74,14 +74,20 @@ fn check(lab: &Lab, recipe: &Recipe) -> Manifest {
     manifest.clone()
 }
 
-/// Packed weights compute what their decoded values compute, bit for bit, and not what the
-/// original computes.
+/// Packed weights compute what their decoded values compute, a prompt bit for bit and token by token
+/// up to the rounding of activations, and not what the original computes.
 fn same_as_decoded(packed: &Checkpoint, model: &Checkpoint, what: &str) {
-    let tokens = common::some_tokens(12, packed.config.vocab_size);
+    // More than products from packed codes take.
+    let tokens = common::some_tokens(40, packed.config.vocab_size);
     let through_codes = logits_of(packed, &tokens);
     let mut decoder = Decoder::load(packed, tokens.len()).unwrap();
     decode(&mut decoder);
-    assert!(same_bits(&through_codes, &logits(&decoder, &tokens)), "{what}");
+    let decoded = logits(&decoder, &tokens);
+    let (prompt, steps) = through_codes.split_at(through_codes.len() / 2);
+    assert!(same_bits(prompt, &decoded[..prompt.len()]), "{what}");
+    let largest = steps.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-3 * largest;
+    assert!(steps.iter().zip(&decoded[prompt.len()..]).all(near), "{what}");
     assert!(!same_bits(&through_codes, &logits_of(model, &tokens)), "{what}: nothing changed");
 }
 
@@ -91,11 +97,11 @@ fn decode(decoder: &mut Decoder) {
     for layer in &mut decoder.layers {
         for (name, _, _) in linears {
             let linear = layer.linear_mut(name).unwrap();
-            linear.weight = Arc::new(Matrix::from_rows(&*linear.weight));
+            linear.set_weight(Arc::new(Matrix::from_rows(&*linear.weight)));
         }
     }
     decoder.embedding = Arc::new(Matrix::from_rows(&*decoder.embedding));
-    decoder.head.weight = Arc::new(Matrix::from_rows(&*decoder.head.weight));
+    decoder.head.set_weight(Arc::new(Matrix::from_rows(&*decoder.head.weight)));
 }
 
 fn same_bits(a: &[f32], b: &[f32]) -> bool {

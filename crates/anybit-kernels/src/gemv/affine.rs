@@ -7,8 +7,8 @@
 //! of 16-bit numbers are then pairs of neighbours, which is what a multiply-add of pairs takes: lane
 //! `r` adds up row `r`, a scale for eight rows is one vector, and nothing is summed across lanes.
 //!
-//! A *part* of a row is what one integer adds up: the columns of a group, at most a run of
-//! activations. Panels of sixteen rows, unpacked to 16 bits, serve many tokens.
+//! A *part* of a row is what one integer adds up: as many halves of blocks as the largest power of two
+//! that divides a group, at most a run of activations.
 
 use std::ops::Range;
 
@@ -19,7 +19,8 @@ use rayon::prelude::*;
 
 use super::lines::Lines;
 use super::operand::{BLOCK, HALVES, Operand};
-use super::slices::{CODES, pack, unpack, unpack_fast};
+use super::slices::{CODES, pack, unpack};
+use crate::isa::{Isa, isa};
 
 /// Rows of a tile.
 pub(super) const TILE: usize = 8;
@@ -71,10 +72,8 @@ const fn place(row: usize, col: usize) -> usize {
 }
 
 impl AffinePlane {
-    /// `None` for groups that are not whole halves of blocks and for planes without columns.
-    ///
-    /// # Panics
-    /// When the grid is none with zero points.
+    /// `None` for groups that are not whole halves of blocks. The grid is affine, and there are
+    /// columns.
     pub fn new(plane: &Plane) -> Option<Self> {
         let (rows, cols, bits) = (plane.rows, plane.cols, plane.grid.bits());
         let groups = plane.grid.groups(cols);
@@ -183,20 +182,38 @@ impl AffinePlane {
         &self.codes[tile * self.tile_bytes() + at * 8 * self.bits..][..8 * self.bits]
     }
 
-    /// Decodes row `row`, the same bits as [`Plane::decode_row`].
-    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
-        let (tile, lane) = (row / TILE, row % TILE);
+    /// Decodes rows of a tile to `out`, row by row at a distance of `stride`: the same bits as
+    /// [`Plane::decode_row`].
+    pub fn decode_rows(&self, rows: Range<usize>, out: &mut [f32], stride: usize) {
+        let tile = rows.start / TILE;
+        let lanes = rows.start % TILE..rows.start % TILE + rows.len();
+        match isa() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: chosen because the machine has these instructions.
+            Isa::Avx2 | Isa::Avx512 => unsafe {
+                super::x86::affine::decode(self, tile, lanes, out, stride)
+            },
+            _ => self.decode_scalar(tile, lanes, out, stride),
+        }
+    }
+
+    /// The scalar twin.
+    pub fn decode_scalar(&self, tile: usize, lanes: Range<usize>, out: &mut [f32], stride: usize) {
         let mut codes = [0; CODES];
-        for (at, out) in out.chunks_mut(COLUMNS).enumerate() {
-            unpack_fast(self.columns(tile, at), self.bits, &mut codes);
-            let own = self.parameters(tile, (at / 4) >> self.part_log2) + lane;
-            let scale = self.scale(own);
-            let zero = match &self.zeros {
-                Zeros::Fixed(doubled) => *doubled as f32 * 0.5,
-                Zeros::Stored(zeros) => zeros[own] as f32,
-            };
-            for (col, out) in out.iter_mut().enumerate() {
-                *out = (codes[place(lane, col)] as f32 - zero) * scale;
+        for at in 0..self.cols.div_ceil(COLUMNS) {
+            unpack(self.columns(tile, at), self.bits, &mut codes);
+            let count = COLUMNS.min(self.cols - at * COLUMNS);
+            for (row, lane) in lanes.clone().enumerate() {
+                let own = self.parameters(tile, (at / 4) >> self.part_log2) + lane;
+                let scale = self.scale(own);
+                let zero = match &self.zeros {
+                    Zeros::Fixed(doubled) => *doubled as f32 * 0.5,
+                    Zeros::Stored(zeros) => zeros[own] as f32,
+                };
+                let out = &mut out[row * stride + at * COLUMNS..][..count];
+                for (col, out) in out.iter_mut().enumerate() {
+                    *out = (codes[place(lane, col)] as f32 - zero) * scale;
+                }
             }
         }
     }
@@ -241,7 +258,7 @@ const fn parts_of(cols: usize, part_log2: u32) -> usize {
 /// Parameters `[rows, groups]` as `[tiles, padded, 8]`, zero where there are none.
 fn by_tiles<V: Copy + Default>(values: &[V], rows: usize, groups: usize, padded: usize) -> Vec<V> {
     let mut out = vec![V::default(); rows.next_multiple_of(TILE) * padded];
-    for (row, values) in values.chunks_exact(groups.max(1)).enumerate() {
+    for (row, values) in values.chunks_exact(groups).enumerate() {
         for (group, value) in values.iter().enumerate() {
             out[(row / TILE * padded + group) * TILE + row % TILE] = *value;
         }
@@ -253,7 +270,7 @@ fn zeros_of(plane: &Plane, groups: usize, padded: usize) -> Vec<u8> {
     let (rows, bits) = (plane.rows, plane.grid.bits());
     let mut zeros = vec![0; rows * groups];
     let words = words_per_row(groups, bits);
-    for (row, zeros) in zeros.chunks_exact_mut(groups.max(1)).enumerate() {
+    for (row, zeros) in zeros.chunks_exact_mut(groups).enumerate() {
         unpack_row(&plane.zeros[row * words..(row + 1) * words], bits, 0, zeros);
     }
     by_tiles(&zeros, rows, groups, padded)
@@ -264,7 +281,7 @@ fn codes_of(plane: &Plane, blocks: usize) -> Lines<u8> {
     let (words, width) = (words_per_row(cols, bits), blocks * BLOCK);
     let tile_bytes = width * bits as usize;
     let mut codes = Lines::zeros(rows.div_ceil(TILE) * tile_bytes);
-    codes.par_chunks_mut(tile_bytes.max(1)).enumerate().for_each(|(tile, out)| {
+    codes.par_chunks_mut(tile_bytes).enumerate().for_each(|(tile, out)| {
         let mut own = vec![0; TILE * width];
         for row in tile * TILE..rows.min((tile + 1) * TILE) {
             let stream = &plane.codes[row * words..(row + 1) * words];

@@ -1,11 +1,10 @@
-//! `y = x Wᵀ + b` straight from packed codes.
+//! `y = x Wᵀ + b` for few tokens: products straight from packed codes.
 //!
 //! A decode step reads every weight once, so its speed is that of memory as long as taking codes
 //! apart costs less than fetching them. [`PackedWeight`] holds codes in the order in which vector
 //! registers take them apart: affine codes in tiles of eight rows ([`affine`]), codes of tables row by
 //! row ([`table`]). Activations are 16-bit integers ([`operand`]), so one multiply-add of pairs
-//! serves every grid. Few tokens share one unpacking in registers; for many, two tiles of affine
-//! codes are unpacked to 16 bits and multiplied with all tokens.
+//! serves every grid. Up to four tokens share one unpacking.
 //!
 //! Rows are independent and sums run in a fixed order: the same input gives the same bits on any
 //! number of threads and in any company of other tokens.
@@ -22,6 +21,7 @@ mod x86;
 
 use std::ops::Range;
 
+use anybit_core::bitstream::words_per_row;
 use anybit_core::{Plane, QuantizedMatrix, RowSource, Segment, Sparse};
 
 use crate::isa::{Isa, isa};
@@ -34,13 +34,6 @@ use table::TablePlane;
 
 /// Tokens that share one unpacking in registers.
 const TOKENS: usize = 4;
-/// Up to this many tokens, unpacking again for each [`TOKENS`] is faster than panels.
-const FEW_TOKENS: usize = 16;
-/// Tokens that share a panel, a multiple of those that are multiplied at once: with their sums and
-/// a run of their codes, what the first-level cache holds.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-const CHUNK: usize = 48;
-
 /// A plane in kernel order.
 #[derive(Debug, Clone)]
 enum KernelPlane {
@@ -55,6 +48,14 @@ impl KernelPlane {
         if plane.cols == 0 || plane.grid.validate(plane.cols).is_err() {
             return None;
         }
+        // Before lengths are computed: the product of a made-up shape may wrap.
+        let words = words_per_row(plane.cols, plane.grid.bits());
+        assert_eq!(plane.codes.len() / words, plane.rows, "codes of other rows");
+        let lengths = Plane::lengths(plane.grid, plane.rows, plane.cols);
+        let own = (plane.codes.len(), plane.scales.len(), plane.exact_scales.len());
+        assert_eq!(own, (lengths.codes, lengths.scales, lengths.exact_scales), "a cut plane");
+        let own = (plane.zeros.len(), plane.table.len());
+        assert_eq!(own, (lengths.zeros, lengths.table), "a cut plane");
         match affine::is_affine(&plane.grid) {
             true => AffinePlane::new(plane).map(Self::Affine),
             false => TablePlane::new(plane).map(Self::Table),
@@ -83,10 +84,15 @@ impl KernelPlane {
         }
     }
 
-    fn decode_row(&self, row: usize, out: &mut [f32]) {
+    /// Decodes rows of a tile to `out`, row by row at a distance of `stride`.
+    fn decode_rows(&self, rows: Range<usize>, out: &mut [f32], stride: usize) {
         match self {
-            Self::Affine(plane) => plane.decode_row(row, out),
-            Self::Table(plane) => plane.decode_row(row, out),
+            Self::Affine(plane) => plane.decode_rows(rows, out, stride),
+            Self::Table(plane) => {
+                for (row, out) in rows.zip(out.chunks_mut(stride)) {
+                    plane.decode_row(row, &mut out[..plane.cols]);
+                }
+            }
         }
     }
 }
@@ -115,7 +121,7 @@ impl PackedWeight {
     /// general path serves them.
     ///
     /// # Panics
-    /// When planes do not tile the matrix, or the permutation of its rows is none.
+    /// When planes do not tile the matrix or are cut, or the permutation of its rows is none.
     pub fn new(matrix: &QuantizedMatrix) -> Option<Self> {
         let (rows, cols) = matrix.shape();
         if rows * cols == 0 {
@@ -162,19 +168,24 @@ impl PackedWeight {
         self.pass_bytes() + words(&self.logical) + words(&self.stored) + scale + exact
     }
 
-    /// Whether many tokens are multiplied as few are. Else decoding rows for GEMM is faster.
-    pub fn takes_many(&self) -> bool {
-        isa() > Isa::Scalar && self.is_affine()
+    /// Planes of the first of `rows`, and its row there with those of the next that lie behind it
+    /// in the same tile.
+    fn run_of(&self, rows: Range<usize>) -> (&[KernelPlane], Range<usize>) {
+        let stored = |row: usize| self.stored.as_ref().map_or(row, |s| s[row] as usize);
+        let (mut slot, mut first) = (stored(rows.start), 0);
+        while slot >= self.planes[first].rows() {
+            slot -= self.planes[first].rows();
+            first += self.column_groups;
+        }
+        let planes = &self.planes[first..first + self.column_groups];
+        let most = (TILE - slot % TILE).min(planes[0].rows() - slot).min(rows.len());
+        let follows = |i: &usize| stored(rows.start + i) == stored(rows.start) + i;
+        (planes, slot..slot + 1 + (1..most).take_while(follows).count())
     }
 
     /// Columns of each column group.
     fn widths(&self) -> impl Iterator<Item = usize> {
         self.planes[..self.column_groups].iter().map(KernelPlane::cols)
-    }
-
-    /// Whether all codes are affine.
-    fn is_affine(&self) -> bool {
-        self.planes.iter().all(|plane| matches!(plane, KernelPlane::Affine(_)))
     }
 
     /// Whether inputs quantized in these segments can be multiplied as integers:
@@ -188,6 +199,9 @@ impl PackedWeight {
 /// fields are open, and kernels write where these say.
 fn is_whole(matrix: &QuantizedMatrix) -> bool {
     let (planes, groups) = (&matrix.planes, matrix.column_groups);
+    if matrix.column_scale.as_ref().is_some_and(|s| s.len() != matrix.cols) {
+        return false;
+    }
     if groups == 0 || planes.is_empty() || !planes.len().is_multiple_of(groups) {
         return false;
     }
@@ -212,25 +226,24 @@ impl RowSource for PackedWeight {
     }
 
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        for (row, out) in rows.zip(out.chunks_exact_mut(self.cols)) {
-            let mut slot = self.stored.as_ref().map_or(row, |s| s[row] as usize);
-            let mut first = 0;
-            while slot >= self.planes[first].rows() {
-                slot -= self.planes[first].rows();
-                first += self.column_groups;
+        let mut row = rows.start;
+        while row < rows.end {
+            let (planes, slots) = self.run_of(row..rows.end);
+            let own = &mut out[(row - rows.start) * self.cols..][..slots.len() * self.cols];
+            let mut col = 0;
+            for plane in planes {
+                plane.decode_rows(slots.clone(), &mut own[col..], self.cols);
+                col += plane.cols();
             }
-            let mut rest = &mut *out;
-            for plane in &self.planes[first..first + self.column_groups] {
-                let (own, tail) = rest.split_at_mut(plane.cols());
-                plane.decode_row(slot, own);
-                rest = tail;
+            for (row, out) in (row..).zip(own.chunks_exact_mut(self.cols)) {
+                if let Some(scale) = &self.column_scale {
+                    out.iter_mut().zip(scale).for_each(|(o, s)| *o *= s);
+                }
+                if let Some(sparse) = &self.sparse {
+                    sparse.add_row(row, out);
+                }
             }
-            if let Some(scale) = &self.column_scale {
-                out.iter_mut().zip(scale).for_each(|(o, s)| *o *= s);
-            }
-            if let Some(sparse) = &self.sparse {
-                sparse.add_row(row, out);
-            }
+            row += slots.len();
         }
     }
 
@@ -270,8 +283,8 @@ pub struct Scratch {
 /// Computes `y = x Wᵀ + bias` for all `products`, which share an input, in one parallel region.
 ///
 /// With [`Input::Values`] an input is rounded to 15 bits of the largest of 256 columns; products
-/// with [`Input::Codes`] are exact integers until they are scaled. A token gets the same bits in any
-/// company.
+/// of affine codes with [`Input::Codes`] are exact integers until they are scaled. A token gets the
+/// same bits in any company.
 ///
 /// # Panics
 /// When a buffer's length does not fit, weights take inputs of other lengths than each other, there
@@ -296,7 +309,7 @@ fn gemv_on(
     let planes: usize = products.iter().map(|p| p.weight.planes.len()).sum();
     scratch.operands.resize_with(operands.max(scratch.operands.len()), Operand::default);
     scratch.starts.resize_with(planes.max(scratch.starts.len()), Lines::default);
-    let firsts = prepare(isa, input, products, scratch);
+    let firsts = prepare(input, products, scratch);
     let tokens = scratch.operands[0].tokens;
     let mut jobs = Jobs { isa, parts: [const { None }; MOST], tokens };
     let mut starts = &scratch.starts[..];
@@ -320,12 +333,7 @@ const MOST: usize = 4;
 
 /// Fills operands and the starts of sums. Returns where each product's operands begin: weights
 /// that cut their input alike share them.
-fn prepare(
-    isa: Isa,
-    input: Input<'_>,
-    products: &[Product<'_>],
-    scratch: &mut Scratch,
-) -> [usize; MOST] {
+fn prepare(input: Input<'_>, products: &[Product<'_>], scratch: &mut Scratch) -> [usize; MOST] {
     let (mut firsts, mut end) = ([0; MOST], 0);
     let mut starts = &mut scratch.starts[..];
     for (at, Product { weight, .. }) in products.iter().enumerate() {
@@ -341,25 +349,16 @@ fn prepare(
                 fill(input, weight, &mut scratch.operands[firsts[at]..end]);
             }
         }
-        let own = &mut scratch.operands[firsts[at]..][..weight.column_groups];
-        if takes_panels(isa, own[0].tokens, weight) {
-            own.iter_mut().filter(|x| x.interleaved.is_empty()).for_each(Operand::interleave);
-        }
         let operands = &scratch.operands[firsts[at]..][..weight.column_groups];
         let (own, others) = starts.split_at_mut(weight.planes.len());
-        for (at, (plane, starts)) in weight.planes.iter().zip(own).enumerate() {
+        for (index, (plane, starts)) in weight.planes.iter().zip(own).enumerate() {
             if let KernelPlane::Affine(plane) = plane {
-                plane.starts(&operands[at % weight.column_groups], starts);
+                plane.starts(&operands[index % weight.column_groups], starts);
             }
         }
         starts = others;
     }
     firsts
-}
-
-/// Whether a product unpacks tiles for many tokens.
-fn takes_panels(isa: Isa, tokens: usize, weight: &PackedWeight) -> bool {
-    isa > Isa::Scalar && tokens > FEW_TOKENS && weight.is_affine()
 }
 
 /// Fills the operands of a weight's column groups.
@@ -409,18 +408,13 @@ impl Jobs<'_> {
             let mut worker = Worker { isa: self.isa, tokens: self.tokens, input, room };
             for part in self.parts.iter().flatten() {
                 let weight = part.weight;
-                let many = takes_panels(self.isa, self.tokens, weight);
                 let mut stored = 0;
                 let groups = weight.planes.chunks_exact(weight.column_groups);
                 for (group, planes) in groups.enumerate() {
                     let own = RowGroup { part, group, stored, rows: planes[0].rows() };
                     let tiles = own.rows.div_ceil(TILE);
                     let share = tiles * index / threads..tiles * (index + 1) / threads;
-                    match many {
-                        #[cfg(target_arch = "x86_64")]
-                        true => worker.panels(&own, share),
-                        _ => share.for_each(|tile| worker.tile(&own, tile)),
-                    }
+                    share.for_each(|tile| worker.tile(&own, tile));
                     stored += own.rows;
                 }
             }
@@ -438,10 +432,9 @@ struct RowGroup<'a> {
 }
 
 impl RowGroup<'_> {
-    /// Stored rows of tiles from `tile` on.
-    fn slots(&self, tile: usize, count: usize) -> Range<usize> {
-        let end = self.rows.min(count);
-        self.stored + (tile * TILE).min(end)..self.stored + end
+    /// Rows of a tile.
+    fn tile(&self, tile: usize) -> Range<usize> {
+        tile * TILE..self.rows.min((tile + 1) * TILE)
     }
 }
 
@@ -449,10 +442,6 @@ impl RowGroup<'_> {
 struct Room {
     #[cfg(target_arch = "x86_64")]
     spread: x86::table::Spread,
-    #[cfg(target_arch = "x86_64")]
-    panel: Lines<i16>,
-    #[cfg(target_arch = "x86_64")]
-    sums: [[f32; x86::affine::PANEL_ROWS]; CHUNK],
 }
 
 /// Runs `f` with this thread's room, which is made once.
@@ -461,10 +450,6 @@ fn with_room<R>(f: impl FnOnce(&mut Room) -> R) -> R {
         static ROOM: std::cell::RefCell<Box<Room>> = std::cell::RefCell::new(Box::new(Room {
             #[cfg(target_arch = "x86_64")]
             spread: x86::table::Spread::new(),
-            #[cfg(target_arch = "x86_64")]
-            panel: Lines::zeros(x86::affine::PANEL),
-            #[cfg(target_arch = "x86_64")]
-            sums: [[0.0; x86::affine::PANEL_ROWS]; CHUNK],
         }));
     }
     ROOM.with_borrow_mut(|room| f(room))
@@ -482,7 +467,8 @@ struct Worker<'a> {
 impl Worker<'_> {
     /// A tile of rows, for all tokens. A kernel takes one token or four: the last are repeated.
     fn tile(&mut self, own: &RowGroup<'_>, tile: usize) {
-        let slots = own.slots(tile, (tile + 1) * TILE);
+        let rows = own.tile(tile);
+        let slots = own.stored + rows.start..own.stored + rows.end;
         for first in (0..self.tokens).step_by(TOKENS) {
             match self.tokens - first {
                 1 => {
@@ -527,8 +513,7 @@ impl Worker<'_> {
                 }
                 #[cfg(target_arch = "x86_64")]
                 KernelPlane::Table(plane) if self.isa > Isa::Scalar => {
-                    let rows = tile * TILE..own.rows.min((tile + 1) * TILE);
-                    let call = x86::table::Call { plane, rows, x, tokens };
+                    let call = x86::table::Call { plane, rows: own.tile(tile), x, tokens };
                     let spread = &mut self.room.spread;
                     // SAFETY: chosen because the machine has these instructions.
                     unsafe {
@@ -545,8 +530,7 @@ impl Worker<'_> {
                 }
                 KernelPlane::Table(plane) => {
                     for (sums, token) in sums.iter_mut().zip(tokens) {
-                        let rows = tile * TILE..own.rows.min((tile + 1) * TILE);
-                        for (sum, row) in sums.iter_mut().zip(rows) {
+                        for (sum, row) in sums.iter_mut().zip(own.tile(tile)) {
                             *sum += plane.product(row, x, token);
                         }
                     }
@@ -556,49 +540,9 @@ impl Worker<'_> {
         sums
     }
 
-    /// Tiles of rows for many tokens: two tiles at a time are unpacked for a chunk of tokens.
-    #[cfg(target_arch = "x86_64")]
-    fn panels(&mut self, own: &RowGroup<'_>, tiles: Range<usize>) {
-        let (part, groups) = (own.part, own.part.weight.column_groups);
-        for first in (0..self.tokens).step_by(CHUNK) {
-            let tokens = first..self.tokens.min(first + CHUNK);
-            for tile in tiles.clone().step_by(2) {
-                // An odd tile is taken twice.
-                let both = [tile, (tile + 1).min(tiles.end - 1)];
-                let Room { panel, sums, .. } = &mut *self.room;
-                let sums = &mut sums[..tokens.len()];
-                sums.fill([0.0; x86::affine::PANEL_ROWS]);
-                for (at, x) in part.operands.iter().enumerate() {
-                    let index = own.group * groups + at;
-                    let KernelPlane::Affine(plane) = &part.weight.planes[index] else {
-                        unreachable!("panels are of affine codes");
-                    };
-                    let input = x86::affine::Input { plane, x, starts: &part.starts[index] };
-                    // SAFETY: chosen because the machine has these instructions.
-                    unsafe {
-                        match self.isa {
-                            Isa::Avx512 => {
-                                x86::affine::avx512::panel(input, both, tokens.clone(), panel, sums)
-                            }
-                            _ => x86::affine::avx2::panel(input, both, tokens.clone(), panel, sums),
-                        }
-                    }
-                }
-                let slots = own.slots(tile, (both[1] + 1) * TILE);
-                self.write(part, slots, first, &self.room.sums[..tokens.len()]);
-            }
-        }
-    }
-
     /// Writes the results of stored rows `slots` and of the tokens of `sums`, the first of which is
     /// `token`.
-    fn write<const N: usize>(
-        &self,
-        part: &Part<'_>,
-        slots: Range<usize>,
-        token: usize,
-        sums: &[[f32; N]],
-    ) {
+    fn write(&self, part: &Part<'_>, slots: Range<usize>, token: usize, sums: &[[f32; TILE]]) {
         let weight = part.weight;
         for (t, sums) in sums.iter().enumerate() {
             let first = (token + t) * weight.rows;

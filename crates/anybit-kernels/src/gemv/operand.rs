@@ -1,7 +1,6 @@
 //! [`Operand`]: activations as 16-bit integers, run by run of four blocks.
 //!
-//! Values are rounded to 15 bits of the largest of 256 columns, which is finer than the f16 that
-//! others compute with; quantized activations are integers already and stay exactly what they are. With
+//! Values are rounded to 15 bits of the largest of 256 columns; quantized activations are integers already and stay exactly what they are. With
 //! `A = 2a` and a weight `(u − z)·s_w`
 //!
 //! ```text
@@ -9,8 +8,6 @@
 //! ```
 //!
 //! and everything in the bracket is an integer for half-integer `z` too.
-
-use rayon::prelude::*;
 
 use super::lines::Lines;
 use crate::QuantizedRows;
@@ -24,23 +21,16 @@ const LARGEST: f32 = 16383.0;
 pub(super) const RUN: usize = 4;
 /// Halves of blocks in a run.
 pub(super) const HALVES: usize = 2 * RUN;
-/// Up to this many tokens, rounding them is not worth waking other threads.
-const FEW: usize = 8;
-/// Tokens that a panel is multiplied with at a time: with two tiles, they take all registers.
-pub(super) const AT_ONCE: usize = 6;
 
 /// Activations of some tokens for the columns of one plane.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Operand {
     pub tokens: usize,
     pub blocks: usize,
-    /// Runs of a token, the last one shorter.
+    /// Runs of a token, the last one may be shorter.
     pub runs: usize,
     /// `A`, `[tokens, blocks, 64]`; zero behind the last column.
     pub codes: Lines<i16>,
-    /// The same for panels, if [`Self::interleave`] was asked for: `[pairs, 6]` pairs of neighbours
-    /// of six tokens, and so on; the last ones may be fewer.
-    pub interleaved: Lines<[i16; 2]>,
     /// What `A·u` = 1 is worth but for the weight's scale, `[tokens, runs]`.
     pub scales: Vec<f32>,
     /// `Σ a` of either half of a block, `[tokens, blocks, 2]`.
@@ -53,47 +43,22 @@ impl Operand {
         &mut self,
         tokens: usize,
         cols: usize,
-        fill: impl Fn(usize, &mut [i16], &mut [f32]) + Sync,
+        fill: impl Fn(usize, &mut [i16], &mut [f32]),
     ) {
         let blocks = cols.div_ceil(BLOCK);
         (self.tokens, self.blocks, self.runs) = (tokens, blocks, blocks.div_ceil(RUN));
         self.codes.resize(tokens * blocks * BLOCK);
         self.scales.resize(tokens * self.runs, 0.0);
         self.sums.resize(tokens * blocks * 2, 0);
-        self.interleaved.resize(0);
-        let whole = |(token, ((codes, scales), sums)): (usize, Token<'_>)| {
+        let codes = self.codes.chunks_exact_mut(blocks * BLOCK);
+        let scales = self.scales.chunks_exact_mut(self.runs);
+        let sums = self.sums.chunks_exact_mut(blocks * 2);
+        for (token, ((codes, scales), sums)) in codes.zip(scales).zip(sums).enumerate() {
             fill(token, codes, scales);
             for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(BLOCK / 2)) {
                 *sum = codes.iter().map(|code| *code as i32).sum::<i32>() / 2;
             }
-        };
-        let (codes, scales) = (&mut self.codes[..], &mut self.scales[..]);
-        if tokens <= FEW {
-            let codes = codes.chunks_exact_mut(blocks * BLOCK);
-            let scales = scales.chunks_exact_mut(self.runs);
-            let sums = self.sums.chunks_exact_mut(blocks * 2);
-            codes.zip(scales).zip(sums).enumerate().for_each(whole);
-        } else {
-            let codes = codes.par_chunks_exact_mut(blocks * BLOCK);
-            let scales = scales.par_chunks_exact_mut(self.runs);
-            let sums = self.sums.par_chunks_exact_mut(blocks * 2);
-            codes.zip(scales).zip(sums).enumerate().with_min_len(FEW).for_each(whole);
         }
-    }
-
-    /// Brings codes into the order in which panels take them.
-    pub fn interleave(&mut self) {
-        let pairs = self.blocks * BLOCK / 2;
-        self.interleaved.resize(self.tokens * pairs);
-        let codes = self.codes.par_chunks(AT_ONCE * 2 * pairs);
-        let out = self.interleaved.par_chunks_mut(AT_ONCE * pairs);
-        codes.zip(out).for_each(|(codes, out)| {
-            let count = codes.len() / (2 * pairs);
-            for (token, codes) in codes.chunks_exact(2 * pairs).enumerate() {
-                let out = out[token..].iter_mut().step_by(count);
-                out.zip(codes.as_chunks::<2>().0).for_each(|(out, pair)| *out = *pair);
-            }
-        });
     }
 
     /// Rounds columns `first..first + cols` of rows of `x` of `width` columns, each times its
@@ -123,7 +88,8 @@ impl Operand {
     /// Takes columns `first..first + cols` of quantized rows, which are segment `segment`.
     pub fn fill_codes(&mut self, x: &QuantizedRows, segment: usize, (first, cols): (usize, usize)) {
         let segments = x.segments.len();
-        self.fill_with(x.codes.len() / x.cols.max(1), cols, |token, codes, scales| {
+        let tokens = x.tokens(x.segments.iter().sum(), &x.segments);
+        self.fill_with(tokens, cols, |token, codes, scales| {
             let zero = x.doubled_zeros[token * segments + segment];
             let own = &x.codes[token * x.cols + first..][..cols];
             codes[cols..].fill(0);
@@ -134,9 +100,6 @@ impl Operand {
         });
     }
 }
-
-/// A token's codes, scales and sums.
-type Token<'a> = ((&'a mut [i16], &'a mut [f32]), &'a mut [i32]);
 
 /// Rounds a run to codes and returns its scale.
 fn round(values: &[f32], codes: &mut [i16]) -> f32 {

@@ -75,11 +75,8 @@ fn exchange_halves(codes: &mut [u8; BLOCK]) {
 }
 
 impl TablePlane {
-    /// `None` for groups that are not whole halves of blocks, for more than [`MOST_PARTS`], and for
-    /// planes without columns.
-    ///
-    /// # Panics
-    /// When the grid has no table.
+    /// `None` for groups that are not whole halves of blocks and for more than [`MOST_PARTS`]. The
+    /// grid has a table, and there are columns.
     pub fn new(plane: &Plane) -> Option<Self> {
         let (rows, cols, bits) = (plane.rows, plane.cols, plane.grid.bits());
         let groups = plane.grid.groups(cols);
@@ -96,7 +93,7 @@ impl TablePlane {
         let row_bytes = blocks * 8 * bits as usize;
         let mut codes = Lines::zeros(rows * row_bytes);
         let words = words_per_row(cols, bits);
-        codes.par_chunks_mut(row_bytes.max(1)).enumerate().for_each(|(row, out)| {
+        codes.par_chunks_mut(row_bytes).enumerate().for_each(|(row, out)| {
             let stream = &plane.codes[row * words..(row + 1) * words];
             for (block, out) in out.chunks_exact_mut(8 * bits as usize).enumerate() {
                 let mut codes = [0; BLOCK];

@@ -256,8 +256,8 @@ fn corners_of_every_width() {
 #[test]
 fn the_largest_sums_fit() {
     let (rows, cols, tokens) = (3, 4 * BLOCK * RUN + 40, 7);
-    for kind in [1, 2, 3, 4] {
-        for bits in [1, 4, 8] {
+    for kind in 0..5 {
+        for bits in [if kind == 0 { 2 } else { 1 }, 4, 8] {
             for group in [None, Some(32), Some(128)] {
                 let mut plane = Plane::empty(grid(kind, bits, group), rows, cols).unwrap();
                 let codes = vec![((1u32 << bits) - 1) as u8; cols];
@@ -335,25 +335,38 @@ fn very_long_rows_of_tables_are_left_to_the_general_path() {
     }
 }
 
-/// Panels for many tokens give the bits that few tokens get, whatever the grid, with tiles, tokens
-/// and runs left over.
+/// Parts of every length, groups that end in padding, rows that no tile is full of: read in every
+/// order, and the same bits by vectors and one by one.
 #[test]
-fn many_tokens_have_the_bits_of_one() {
+fn groups_of_every_length_are_read_and_multiplied() {
     let mut rng = SplitMix64::new(12);
-    let tokens = 2 * CHUNK + 5;
-    for (at, bits) in (1..=8u8).enumerate() {
-        for kind in 0..3usize {
-            let bits = if kind == 0 { bits.max(2) } else { bits };
-            let group = [None, Some(32), Some(64), Some(96), Some(128), Some(512)][(at + kind) % 6];
-            let (rows, cols) = ([1, 8, 23, 40][at % 4], [70, 256, 300, 577][(at + kind) % 4]);
-            let group = group.filter(|g| *g <= cols);
+    let mut scratch = Scratch::default();
+    for (kind, bits) in [(0, 3), (0, 8), (1, 1), (1, 4), (1, 6), (2, 2), (2, 5), (2, 7)] {
+        for group in [None, Some(32), Some(96), Some(128), Some(160), Some(192), Some(512)] {
+            let (rows, cols) = ([3, 8, 21][rng.next_u64() as usize % 3], 1157);
             let plane = random_plane(grid(kind, bits, group), rows, cols, &mut rng);
-            let weight = PackedWeight::new(&QuantizedMatrix::single(plane)).unwrap();
+            let matrix = QuantizedMatrix::single(plane);
+            let (weight, want) = (PackedWeight::new(&matrix).unwrap(), matrix.dequantize());
+            for (first, end) in [(0, rows), (1, rows), (rows - 1, rows), (2, 3)] {
+                let mut back = vec![f32::NAN; (end - first) * cols];
+                weight.read_rows(first..end, &mut back);
+                assert_eq!(back, want.data[first * cols..end * cols], "{kind} {bits} {group:?}");
+            }
+            let KernelPlane::Affine(plane) = &weight.planes[0] else { panic!("not affine") };
+            let mut one = vec![f32::NAN; cols];
+            plane.decode_scalar(0, 2..3, &mut one, cols);
+            assert_eq!(one, want.row(2));
+            // The scratch of other tokens and widths before.
+            let tokens = 1 + rng.next_u64() as usize % 9;
             let x: Vec<f32> = (0..tokens * cols).map(|_| rng.normal() as f32).collect();
+            let sums = exact(&x, &want, None);
             for isa in Isa::available() {
-                let together = run(isa, 2, Input::Values(&x), &weight, tokens);
-                for (x, y) in x.chunks(cols).zip(together.chunks(rows)) {
-                    assert_eq!(run(isa, 1, Input::Values(x), &weight, 1), y, "{kind} {bits}");
+                let mut y = vec![f32::NAN; tokens * rows];
+                let mut products = [Product { weight: &weight, bias: None, y: &mut y }];
+                let pool = SpinPool::new(2);
+                gemv_on(isa, &pool, Input::Values(&x), &mut products, &mut scratch);
+                for (y, (want, size)) in y.iter().zip(&sums) {
+                    assert!((*y as f64 - want).abs() <= 4e-5 * size, "{kind} {bits} {group:?}");
                 }
             }
         }
@@ -396,6 +409,17 @@ fn broken_matrices_are_refused() {
     refused(QuantizedMatrix { cols: 32, ..whole(4) });
     refused(QuantizedMatrix { column_groups: 0, ..whole(4) });
     refused(QuantizedMatrix { planes: Vec::new(), ..whole(4) });
+    refused(QuantizedMatrix { column_scale: Some(vec![f16::ONE; 63]), ..whole(4) });
+    let cut = |cut: fn(&mut Plane)| {
+        let mut matrix = whole(4);
+        cut(&mut matrix.planes[0]);
+        matrix
+    };
+    refused(cut(|plane| plane.scales.truncate(3)));
+    refused(cut(|plane| plane.codes.truncate(3)));
+    let mut many = cut(|plane| plane.rows = usize::MAX / 8 + 2);
+    many.rows = many.planes[0].rows;
+    refused(many);
     for perm in [vec![0, 0, 1, 2], vec![0, 1, 2, 4], vec![0, 1, 2], vec![0, 1, 2, 3, 3]] {
         refused(QuantizedMatrix { row_perm: Some(perm), ..whole(4) });
     }

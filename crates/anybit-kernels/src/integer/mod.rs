@@ -68,7 +68,7 @@ pub struct QuantizedRows {
 
 impl QuantizedRows {
     /// Checks them against the columns and segments of a weight, and counts tokens.
-    fn tokens(&self, cols: usize, segments: &[usize]) -> usize {
+    pub(crate) fn tokens(&self, cols: usize, segments: &[usize]) -> usize {
         let (tokens, parts) = (self.codes.len() / cols, segments.len());
         assert_eq!((self.cols, &self.segments[..]), (cols, segments), "other inputs");
         assert_eq!(self.codes.len(), tokens * cols, "inputs are not whole tokens");

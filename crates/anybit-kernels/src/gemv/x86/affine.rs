@@ -1,4 +1,4 @@
-//! Products of tiles of affine codes, and of panels of two tiles with many tokens.
+//! Products of tiles of affine codes, and their values.
 
 // Indices instead of iterators: what passes through a closure may end up in a function without these
 // instructions.
@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::affine::{AffinePlane, COLUMNS, Scales, TILE, Zeros};
-use super::super::operand::{AT_ONCE, BLOCK, HALVES, Operand, RUN};
+use super::super::operand::{BLOCK, Operand};
 use super::{load, unpack};
 
 /// Pairs of columns that are packed together.
@@ -52,10 +52,10 @@ enum Pointer {
 }
 
 impl Groups {
-    /// Those of a tile from `part` on, which must lie in its rows.
+    /// Those of a tile, from the first on.
     #[inline(always)]
-    fn from(plane: &AffinePlane, tile: usize, part: usize) -> Self {
-        let at = plane.parameters(tile, part);
+    fn of(plane: &AffinePlane, tile: usize) -> Self {
+        let at = tile * plane.groups * TILE;
         let scales = match &plane.scales {
             Scales::Half(s) => Pointer::Half(s[at..(tile + 1) * plane.groups * TILE].as_ptr()),
             Scales::Single(s) => Pointer::Single(s[at..(tile + 1) * plane.groups * TILE].as_ptr()),
@@ -65,13 +65,13 @@ impl Groups {
             Zeros::Stored(z) => z[at..(tile + 1) * plane.groups * TILE].as_ptr(),
         };
         let parts = plane.group_parts;
-        Self { scales, zeros, left: parts - part % parts, parts }
+        Self { scales, zeros, left: parts, parts }
     }
 
     /// What a part's integers start from.
     ///
     /// # Safety
-    /// The row must have a group here, and zero points be stored or not.
+    /// The row must have a group here, and `STORED` say whether zero points are stored.
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn start<const STORED: bool>(&self, start: i32) -> __m256i {
@@ -84,13 +84,29 @@ impl Groups {
         _mm256_mullo_epi32(start, _mm256_cvtepu8_epi32(zeros))
     }
 
+    /// Zero points of a part, of either kind.
+    ///
+    /// # Safety
+    /// The row must have a group here.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn zero(&self, plane: &AffinePlane) -> __m256 {
+        match &plane.zeros {
+            Zeros::Fixed(doubled) => _mm256_set1_ps(*doubled as f32 * 0.5),
+            // SAFETY: by the caller's contract.
+            Zeros::Stored(_) => _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(unsafe {
+                _mm_loadl_epi64(self.zeros.cast())
+            })),
+        }
+    }
+
     /// The scales of a part, after which the next one comes.
     ///
     /// # Safety
-    /// As [`Self::start`].
+    /// The row must have a group here.
     #[inline]
     #[target_feature(enable = "avx2,f16c")]
-    unsafe fn next<const STORED: bool>(&mut self) -> __m256 {
+    unsafe fn next(&mut self) -> __m256 {
         // SAFETY: by the caller's contract; behind the last group nothing is read.
         unsafe {
             let scales = match self.scales {
@@ -104,9 +120,7 @@ impl Groups {
                     Pointer::Half(at) => Pointer::Half(at.wrapping_add(TILE)),
                     Pointer::Single(at) => Pointer::Single(at.wrapping_add(TILE)),
                 };
-                if STORED {
-                    self.zeros = self.zeros.wrapping_add(TILE);
-                }
+                self.zeros = self.zeros.wrapping_add(TILE);
             }
             scales
         }
@@ -153,83 +167,6 @@ unsafe fn broadcast(at: *const i16) -> __m256i {
     _mm256_set1_epi32(unsafe { at.cast::<i32>().read_unaligned() })
 }
 
-/// Rows of a panel.
-pub(in super::super) const PANEL_ROWS: usize = 2 * TILE;
-/// Codes of a run of two tiles, as pairs: `[pairs, 16 rows, 2]`.
-pub(in super::super) const PANEL: usize = RUN * BLOCK * PANEL_ROWS;
-
-/// Runs `$call` with `BITS` the plane's bits.
-macro_rules! with_bits {
-    ($plane:expr, $BITS:ident => $call:expr) => {{
-        match $plane.bits {
-            1 => {
-                const $BITS: usize = 1;
-                $call
-            }
-            2 => {
-                const $BITS: usize = 2;
-                $call
-            }
-            3 => {
-                const $BITS: usize = 3;
-                $call
-            }
-            4 => {
-                const $BITS: usize = 4;
-                $call
-            }
-            5 => {
-                const $BITS: usize = 5;
-                $call
-            }
-            6 => {
-                const $BITS: usize = 6;
-                $call
-            }
-            7 => {
-                const $BITS: usize = 7;
-                $call
-            }
-            _ => {
-                const $BITS: usize = 8;
-                $call
-            }
-        }
-    }};
-}
-
-/// Runs `$call` with `N` the count of tokens.
-macro_rules! with_count {
-    ($count:expr, $N:ident => $call:expr) => {{
-        match $count {
-            1 => {
-                const $N: usize = 1;
-                $call
-            }
-            2 => {
-                const $N: usize = 2;
-                $call
-            }
-            3 => {
-                const $N: usize = 3;
-                $call
-            }
-            4 => {
-                const $N: usize = 4;
-                $call
-            }
-            5 => {
-                const $N: usize = 5;
-                $call
-            }
-            _ => {
-                const $N: usize = AT_ONCE;
-                $call
-            }
-        }
-    }};
-}
-
 /// The kernels of one instruction set.
 macro_rules! kernels {
     ($module:ident, $features:literal, |$sum:ident, $w:ident, $a:ident| $add:expr) => {
@@ -255,7 +192,7 @@ macro_rules! kernels {
             ) {
                 // SAFETY: as of this function; the bits are the plane's.
                 unsafe {
-                    with_bits!(input.plane, BITS => match input.plane.zeros {
+                    with_bits!(input.plane.bits, BITS => match input.plane.zeros {
                         Zeros::Fixed(_) => of_bits::<BITS, T, false>(input, tile, tokens, out),
                         Zeros::Stored(_) => of_bits::<BITS, T, true>(input, tile, tokens, out),
                     })
@@ -263,7 +200,7 @@ macro_rules! kernels {
             }
 
             /// # Safety
-            /// As [`tile`], and the plane must have `BITS` bits, and zero points stored or not.
+            /// As [`tile`], and the plane must have `BITS` bits, and `STORED` say whether zero points are stored.
             // A function of its own for each: registers are allotted within functions.
             #[inline(never)]
             #[target_feature(enable = $features)]
@@ -284,7 +221,7 @@ macro_rules! kernels {
                     // SAFETY: eight numbers are there.
                     sums[t] = unsafe { _mm256_loadu_ps(out[t].as_ptr()) };
                 }
-                let mut groups = Groups::from(plane, tile, 0);
+                let mut groups = Groups::of(plane, tile);
                 for run in 0..x.runs {
                     let mut scales = [_mm256_setzero_ps(); T];
                     for t in 0..T {
@@ -318,7 +255,7 @@ macro_rules! kernels {
                             }
                         }
                         // SAFETY: as above.
-                        let scale = unsafe { groups.next::<STORED>() };
+                        let scale = unsafe { groups.next() };
                         for t in 0..T {
                             let [mut total, other] = totals[t];
                             if T == 1 {
@@ -334,138 +271,6 @@ macro_rules! kernels {
                     unsafe { _mm256_storeu_ps(out[t].as_mut_ptr(), sums[t]) };
                 }
             }
-
-            /// Adds the products of two tiles with tokens to `sums`, in the order of [`tile`].
-            ///
-            /// # Safety
-            /// The machine must have the instructions of this module.
-            #[target_feature(enable = $features)]
-            pub unsafe fn panel(
-                input: Input<'_>,
-                tiles: [usize; 2],
-                tokens: Range<usize>,
-                panel: &mut [i16],
-                sums: &mut [[f32; PANEL_ROWS]],
-            ) {
-                assert!(sums.len() == tokens.len() && panel.len() == PANEL, "room of another size");
-                for run in 0..input.x.runs {
-                    // SAFETY: as of this function; the bits are the plane's.
-                    unsafe {
-                        with_bits!(input.plane, BITS => unpack_run::<BITS>(input, tiles, run, panel));
-                        let mut first = 0;
-                        for sums in sums.chunks_mut(AT_ONCE) {
-                            let (zeros, token) = (&input.plane.zeros, tokens.start + first);
-                            with_count!(sums.len(), N => match zeros {
-                                Zeros::Fixed(_) => {
-                                    multiply::<N, false>(input, tiles, run, panel, token, sums)
-                                }
-                                Zeros::Stored(_) => {
-                                    multiply::<N, true>(input, tiles, run, panel, token, sums)
-                                }
-                            });
-                            first += sums.len();
-                        }
-                    }
-                }
-            }
-
-            /// # Safety
-            /// As [`panel`], and the plane must have `BITS` bits and this run.
-            #[inline(never)]
-            #[target_feature(enable = $features)]
-            unsafe fn unpack_run<const BITS: usize>(
-                input: Input<'_>,
-                tiles: [usize; 2],
-                run: usize,
-                panel: &mut [i16],
-            ) {
-                let plane = input.plane;
-                let bytes = plane.tile_bytes();
-                let end = (2 * plane.blocks).min((run + 1) * HALVES);
-                for (side, tile) in tiles.into_iter().enumerate() {
-                    let codes = &plane.codes[tile * bytes..][..bytes];
-                    let mut out = panel.as_mut_ptr();
-                    for step in run * HALVES * STEPS..end * STEPS {
-                        // SAFETY: the tile has these columns, and the panel room for a run.
-                        unsafe {
-                            let w = pairs::<BITS>(codes.as_ptr().add(step * 8 * BITS));
-                            for p in 0..PAIRS {
-                                let at = out.add((2 * p + side) * 2 * TILE);
-                                _mm256_storeu_si256(at.cast(), w[p]);
-                            }
-                            out = out.add(PAIRS * 2 * PANEL_ROWS);
-                        }
-                    }
-                }
-            }
-
-            /// Adds a run's products of two tiles with `N` tokens from `token` on, a multiple of
-            /// [`AT_ONCE`].
-            ///
-            /// # Safety
-            /// As [`panel`]; the panel must hold the run, and zero points be stored or not.
-            #[inline(never)]
-            #[target_feature(enable = $features)]
-            unsafe fn multiply<const N: usize, const STORED: bool>(
-                input: Input<'_>,
-                tiles: [usize; 2],
-                run: usize,
-                panel: &[i16],
-                token: usize,
-                sums: &mut [[f32; PANEL_ROWS]],
-            ) {
-                let (plane, parts, runs) = (input.plane, input.plane.parts, input.x.runs);
-                let pairs = plane.blocks * BLOCK / 2;
-                let codes = &input.x.interleaved[token * pairs..(token + N) * pairs];
-                let starts = &input.starts[token * parts..(token + N) * parts];
-                let scales = &input.x.scales[token * runs..(token + N) * runs];
-                let sums = sums.first_chunk_mut::<N>().expect("sums of the tokens");
-                let first = run * HALVES;
-                let mut w = panel.as_ptr();
-                // SAFETY: tokens have this run.
-                let mut a = unsafe { codes.as_ptr().add(first * BLOCK / 4 * N) };
-                let mut groups = tiles.map(|tile| Groups::from(plane, tile, first >> plane.part_log2));
-                for part in plane.parts_of_run(run) {
-                    let mut totals = [[_mm256_setzero_si256(); 2]; N];
-                    for _ in 0..plane.halves(part).len() * BLOCK / 4 {
-                        // SAFETY: panel and tokens have these columns.
-                        unsafe {
-                            let own = [load(w), load(w.add(2 * TILE))];
-                            for t in 0..N {
-                                let a = broadcast(a.add(t).cast());
-                                for side in 0..2 {
-                                    totals[t][side] = multiply_add(totals[t][side], own[side], a);
-                                }
-                            }
-                            (w, a) = (w.add(2 * PANEL_ROWS), a.add(N));
-                        }
-                    }
-                    for side in 0..2 {
-                        for t in 0..N {
-                            // SAFETY: rows and tokens have this part and run, and sums eight numbers.
-                            unsafe {
-                                let start = *starts.get_unchecked(t * parts + part);
-                                let start = groups[side].start::<STORED>(start);
-                                let total = _mm256_add_epi32(totals[t][side], start);
-                                totals[t][side] = _mm256_castps_si256(_mm256_cvtepi32_ps(total));
-                            }
-                        }
-                        // SAFETY: as above.
-                        let scale = unsafe { groups[side].next::<STORED>() };
-                        for t in 0..N {
-                            // SAFETY: as above.
-                            unsafe {
-                                let own = _mm256_set1_ps(*scales.get_unchecked(t * runs + run));
-                                let total = _mm256_castsi256_ps(totals[t][side]);
-                                let at = sums[t].as_mut_ptr().add(side * TILE);
-                                let sum = _mm256_loadu_ps(at);
-                                let sum = _mm256_fmadd_ps(total, _mm256_mul_ps(own, scale), sum);
-                                _mm256_storeu_ps(at, sum);
-                            }
-                        }
-                    }
-                }
-            }
         }
     };
 }
@@ -474,3 +279,87 @@ kernels!(avx2, "avx2,fma,f16c", |sum, w, a| _mm256_add_epi32(sum, _mm256_madd_ep
 kernels!(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", |sum, w, a| {
     _mm256_dpwssd_epi32(sum, w, a)
 });
+
+/// Writes the values of a tile's rows `lanes` to `out`, row by row at a distance of `stride`.
+///
+/// # Safety
+/// The machine must have AVX2 and F16C.
+#[target_feature(enable = "avx2,f16c")]
+pub(in super::super) unsafe fn decode(
+    plane: &AffinePlane,
+    tile: usize,
+    lanes: Range<usize>,
+    out: &mut [f32],
+    stride: usize,
+) {
+    // SAFETY: as of this function; the bits are the plane's.
+    unsafe { with_bits!(plane.bits, BITS => decode_bits::<BITS>(plane, tile, lanes, out, stride)) }
+}
+
+/// # Safety
+/// As [`decode`], and the plane must have `BITS` bits.
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn decode_bits<const BITS: usize>(
+    plane: &AffinePlane,
+    tile: usize,
+    lanes: Range<usize>,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let bytes = plane.tile_bytes();
+    let codes = &plane.codes[tile * bytes..][..bytes];
+    let mut groups = Groups::of(plane, tile);
+    for part in 0..plane.parts {
+        // SAFETY: rows have this part.
+        let (zero, scale) = unsafe { (groups.zero(plane), groups.next()) };
+        let halves = plane.halves(part);
+        for step in STEPS * halves.start..(STEPS * halves.end).min(plane.cols.div_ceil(COLUMNS)) {
+            // SAFETY: the tile has these columns.
+            let w = unsafe { pairs::<BITS>(codes.as_ptr().add(step * 8 * BITS)) };
+            let mut columns = [_mm256_setzero_ps(); COLUMNS];
+            for p in 0..PAIRS {
+                let even = _mm256_and_si256(w[p], _mm256_set1_epi32(0xffff));
+                let odd = _mm256_srli_epi32::<16>(w[p]);
+                for (at, code) in [even, odd].into_iter().enumerate() {
+                    let value = _mm256_sub_ps(_mm256_cvtepi32_ps(code), zero);
+                    columns[2 * p + at] = _mm256_mul_ps(value, scale);
+                }
+            }
+            let mut values = [[0f32; COLUMNS]; TILE];
+            for (row, values) in transpose(columns).into_iter().zip(&mut values) {
+                // SAFETY: room for eight numbers.
+                unsafe { _mm256_storeu_ps(values.as_mut_ptr(), row) };
+            }
+            let first = step * COLUMNS;
+            let count = COLUMNS.min(plane.cols - first);
+            for (row, values) in values[lanes.clone()].iter().enumerate() {
+                out[row * stride + first..][..count].copy_from_slice(&values[..count]);
+            }
+        }
+    }
+}
+
+/// Rows of eight columns.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose(c: [__m256; 8]) -> [__m256; 8] {
+    let mut pairs = c;
+    for i in 0..4 {
+        pairs[2 * i] = _mm256_unpacklo_ps(c[2 * i], c[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_ps(c[2 * i], c[2 * i + 1]);
+    }
+    let mut fours = c;
+    for i in 0..2 {
+        let [a, b, c, d] = [pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]];
+        fours[4 * i] = _mm256_shuffle_ps::<0b01_00_01_00>(a, c);
+        fours[4 * i + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(a, c);
+        fours[4 * i + 2] = _mm256_shuffle_ps::<0b01_00_01_00>(b, d);
+        fours[4 * i + 3] = _mm256_shuffle_ps::<0b11_10_11_10>(b, d);
+    }
+    let mut rows = c;
+    for i in 0..4 {
+        rows[i] = _mm256_permute2f128_ps::<0x20>(fours[i], fours[4 + i]);
+        rows[4 + i] = _mm256_permute2f128_ps::<0x31>(fours[i], fours[4 + i]);
+    }
+    rows
+}

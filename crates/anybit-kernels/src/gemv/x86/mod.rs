@@ -1,6 +1,46 @@
 //! Vector kernels: AVX2, and AVX-512 VNNI on 256-bit vectors, which adds the products of pairs to the
 //! sums in the same instruction.
 
+/// Runs `$call` with the constant `$BITS` of so many bits.
+macro_rules! with_bits {
+    ($bits:expr, $BITS:ident => $call:expr) => {{
+        match $bits {
+            1 => {
+                const $BITS: usize = 1;
+                $call
+            }
+            2 => {
+                const $BITS: usize = 2;
+                $call
+            }
+            3 => {
+                const $BITS: usize = 3;
+                $call
+            }
+            4 => {
+                const $BITS: usize = 4;
+                $call
+            }
+            5 => {
+                const $BITS: usize = 5;
+                $call
+            }
+            6 => {
+                const $BITS: usize = 6;
+                $call
+            }
+            7 => {
+                const $BITS: usize = 7;
+                $call
+            }
+            _ => {
+                const $BITS: usize = 8;
+                $call
+            }
+        }
+    }};
+}
+
 pub(super) mod affine;
 pub(super) mod table;
 
@@ -110,18 +150,7 @@ pub(super) unsafe fn unpack_codes(bytes: &[u8], bits: usize, codes: &mut [u8; CO
     assert!(bytes.len() >= 8 * bits, "codes are cut");
     let at = bytes.as_ptr();
     // SAFETY: all bytes are there.
-    let halves = unsafe {
-        match bits {
-            1 => unpack::<1>(at),
-            2 => unpack::<2>(at),
-            3 => unpack::<3>(at),
-            4 => unpack::<4>(at),
-            5 => unpack::<5>(at),
-            6 => unpack::<6>(at),
-            7 => unpack::<7>(at),
-            _ => unpack::<8>(at),
-        }
-    };
+    let halves = unsafe { with_bits!(bits, BITS => unpack::<BITS>(at)) };
     for (half, codes) in halves.into_iter().zip(codes.as_chunks_mut::<32>().0) {
         // SAFETY: a half has 32 bytes.
         unsafe { _mm256_storeu_si256(codes.as_mut_ptr().cast(), half) };

@@ -72,9 +72,9 @@ impl<const T: usize> State<T> {
 }
 
 /// Scales are per row, per some blocks, per some halves of blocks.
-const ROW: usize = 0;
-const BLOCKS: usize = 1;
-const HALVES: usize = 2;
+const PER_ROW: usize = 0;
+const PER_BLOCK: usize = 1;
+const PER_HALF: usize = 2;
 
 /// The kernels of one instruction set.
 macro_rules! kernels {
@@ -93,18 +93,7 @@ macro_rules! kernels {
                 out: &mut [[f32; TILE]; T],
             ) {
                 // SAFETY: as of this function; the bits are the plane's.
-                unsafe {
-                    match call.plane.bits {
-                        1 => of_bits::<1, T>(call, spread, out),
-                        2 => of_bits::<2, T>(call, spread, out),
-                        3 => of_bits::<3, T>(call, spread, out),
-                        4 => of_bits::<4, T>(call, spread, out),
-                        5 => of_bits::<5, T>(call, spread, out),
-                        6 => of_bits::<6, T>(call, spread, out),
-                        7 => of_bits::<7, T>(call, spread, out),
-                        _ => of_bits::<8, T>(call, spread, out),
-                    }
-                }
+                unsafe { with_bits!(call.plane.bits, BITS => of_bits::<BITS, T>(call, spread, out)) }
             }
 
             /// # Safety
@@ -118,9 +107,9 @@ macro_rules! kernels {
                 // SAFETY: as of this function.
                 unsafe {
                     match call.plane.grouping {
-                        Grouping::Row => products::<BITS, T, ROW>(call, spread, out),
-                        Grouping::Blocks(_) => products::<BITS, T, BLOCKS>(call, spread, out),
-                        Grouping::Halves(_) => products::<BITS, T, HALVES>(call, spread, out),
+                        Grouping::Row => products::<BITS, T, PER_ROW>(call, spread, out),
+                        Grouping::Blocks(_) => products::<BITS, T, PER_BLOCK>(call, spread, out),
+                        Grouping::Halves(_) => products::<BITS, T, PER_HALF>(call, spread, out),
                     }
                 }
             }
@@ -141,8 +130,8 @@ macro_rules! kernels {
                     let codes = &plane.codes[row * plane.row_bytes()..][..plane.row_bytes()];
                     let mut tables: Tables = [[_mm256_setzero_si256(); 2]; 16];
                     load_tables::<BITS>(plane, row, &mut tables);
-                    if GROUP != ROW {
-                        spread.fill(plane, row, if GROUP == BLOCKS { 1 } else { 2 } * plane.blocks);
+                    if GROUP != PER_ROW {
+                        spread.fill(plane, row, if GROUP == PER_BLOCK { 1 } else { 2 } * plane.blocks);
                     }
                     let mut state = State::new();
                     for run in 0..x.runs {
@@ -159,13 +148,13 @@ macro_rules! kernels {
                                 );
                             }
                         }
-                        if GROUP == ROW {
+                        if GROUP == PER_ROW {
                             for t in 0..T {
                                 state.scale(t, 1.0);
                             }
                         }
                     }
-                    let scale = if GROUP == ROW { plane.scale(row, 0) } else { 1.0 };
+                    let scale = if GROUP == PER_ROW { plane.scale(row, 0) } else { 1.0 };
                     let factor = plane.unit(row) * scale;
                     for t in 0..T {
                         out[t][index] += add_lanes(state.sums[t]) * factor;
@@ -200,8 +189,8 @@ macro_rules! kernels {
                             state.total[t] = $add;
                         }
                         match GROUP {
-                            HALVES => state.scale(t, spread.scales[2 * block + half]),
-                            BLOCKS if half == 1 => state.scale(t, spread.scales[block]),
+                            PER_HALF => state.scale(t, spread.scales[2 * block + half]),
+                            PER_BLOCK if half == 1 => state.scale(t, spread.scales[block]),
                             _ => {}
                         }
                     }
@@ -234,12 +223,8 @@ impl Spread {
         let count = plane.groups;
         let (Grouping::Blocks(len) | Grouping::Halves(len)) = plane.grouping else { return };
         let groups = if len == 1 { &mut self.scales } else { &mut self.groups };
-        match &plane.scales {
-            Some(scales) => {
-                widen_halves(&scales[row * count..(row + 1) * count], &mut groups[..count]);
-            }
-            None => groups[..count].fill(1.0),
-        }
+        let scales = plane.scales.as_ref().expect("groups have scales");
+        widen_halves(&scales[row * count..(row + 1) * count], &mut groups[..count]);
         // Behind the last group only padding follows, whatever its scale.
         if len == 1 {
             return self.scales[count..parts.max(count)].fill(0.0);
