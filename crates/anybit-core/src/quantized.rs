@@ -67,6 +67,17 @@ impl Plane {
         }
     }
 
+    /// Lengths of its parts, right or wrong.
+    pub fn own_lengths(&self) -> PlaneLengths {
+        PlaneLengths {
+            codes: self.codes.len(),
+            scales: self.scales.len(),
+            exact_scales: self.exact_scales.len(),
+            zeros: self.zeros.len(),
+            table: self.table.len(),
+        }
+    }
+
     /// An all-zero plane to be filled row by row.
     ///
     /// # Errors
@@ -100,14 +111,8 @@ impl Plane {
         table: Vec<f16>,
     ) -> Result<Self> {
         grid.validate(cols)?;
-        let want = Self::lengths(grid, rows, cols);
-        let found = PlaneLengths {
-            codes: codes.len(),
-            scales: scales.len(),
-            exact_scales: exact_scales.len(),
-            zeros: zeros.len(),
-            table: table.len(),
-        };
+        let plane = Self { rows, cols, grid, codes, scales, exact_scales, zeros, table };
+        let (want, found) = (Self::lengths(grid, rows, cols), plane.own_lengths());
         if want != found {
             return Err(CoreError::Shape {
                 what: "parts of a plane",
@@ -115,7 +120,6 @@ impl Plane {
                 found: format!("{found:?}"),
             });
         }
-        let plane = Self { rows, cols, grid, codes, scales, exact_scales, zeros, table };
         plane.check()?;
         Ok(plane)
     }

@@ -113,10 +113,10 @@ fn dense_bf16(bencher: Bencher<'_, '_>, case: Case) {
     products(bencher, case.tokens, &weight);
 }
 
-/// Rows of sixteen centroids decoded from kernel order: what a prompt takes.
+/// Rows decoded from kernel order: what a prompt of a packed model takes.
 #[divan::bench(args = cases())]
-fn packed_16_entries(bencher: Bencher<'_, '_>, case: Case) {
-    let plane = random_plane(GridSpec::Codebook { bits: 4 }, case.size);
+fn packed_4_bits(bencher: Bencher<'_, '_>, case: Case) {
+    let plane = random_plane(GridSpec::affine(4, true, Some(64)), case.size);
     let matrix = QuantizedMatrix::single(plane);
     let weight = PackedWeight::new(&matrix).expect("a grouping that kernels know");
     products(bencher, case.tokens, &weight);

@@ -2,7 +2,8 @@
 //!
 //! A tile of rows of `W` is decoded to f32 into a thread's scratch and multiplied at once, so no
 //! f32 copy of `W` ever exists and what is computed is exactly what the decoded weights say. With
-//! many tokens the tile goes through GEMM, with few through dot products ([`crate::dot`]).
+//! many tokens the tile goes through GEMM, with few through dot products ([`crate::dot`]); a row of
+//! sixteen-bit numbers is multiplied with one token where it lies.
 
 use anybit_core::RowSource;
 use anybit_core::linalg::{View, matmul_into};

@@ -12,6 +12,7 @@
 //! threads.
 
 use super::AttentionShape;
+use crate::dot::total;
 use crate::{DisjointMut, KvRows, SpinPool, softmax, with_scratch};
 
 /// Positions decoded at a time: at 128 channels their 16 KiB stay in the first-level cache.
@@ -242,19 +243,6 @@ fn add_product(sums: &mut [f32; LANES], a: &[f32; LANES], b: &[f32; LANES]) {
     for i in 0..LANES {
         sums[i] = a[i].mul_add(b[i], sums[i]);
     }
-}
-
-/// Sum of the lanes, by halves.
-#[inline(always)]
-fn total(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
 }
 
 #[cfg(test)]

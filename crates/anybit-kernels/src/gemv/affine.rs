@@ -101,23 +101,19 @@ impl AffinePlane {
             _ if groups <= 1 => Scales::Single(by_tiles(&halves(), rows, groups, padded)),
             _ => Scales::Half(by_tiles(&plane.scales, rows, groups, padded)),
         };
-        let codes = codes_of(plane, blocks);
-        let bits = bits as usize;
-        let plane = Self {
+        Some(Self {
             rows,
             cols,
-            bits,
+            bits: bits as usize,
             blocks,
             groups: padded,
             group_parts,
             parts,
             part_log2,
-            codes,
+            codes: codes_of(plane, blocks),
             scales,
             zeros,
-        };
-        debug_assert!(groups <= padded);
-        Some(plane)
+        })
     }
 
     /// Bytes of a tile's codes.

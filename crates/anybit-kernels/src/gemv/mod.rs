@@ -32,8 +32,9 @@ use lines::Lines;
 use operand::Operand;
 use table::TablePlane;
 
-/// Tokens that share one unpacking in registers.
+/// Tokens that share one unpacking.
 const TOKENS: usize = 4;
+
 /// A plane in kernel order.
 #[derive(Debug, Clone)]
 enum KernelPlane {
@@ -52,10 +53,7 @@ impl KernelPlane {
         let words = words_per_row(plane.cols, plane.grid.bits());
         assert_eq!(plane.codes.len() / words, plane.rows, "codes of other rows");
         let lengths = Plane::lengths(plane.grid, plane.rows, plane.cols);
-        let own = (plane.codes.len(), plane.scales.len(), plane.exact_scales.len());
-        assert_eq!(own, (lengths.codes, lengths.scales, lengths.exact_scales), "a cut plane");
-        let own = (plane.zeros.len(), plane.table.len());
-        assert_eq!(own, (lengths.zeros, lengths.table), "a cut plane");
+        assert_eq!(plane.own_lengths(), lengths, "a cut plane");
         match affine::is_affine(&plane.grid) {
             true => AffinePlane::new(plane).map(Self::Affine),
             false => TablePlane::new(plane).map(Self::Table),
@@ -545,23 +543,14 @@ impl Worker<'_> {
     fn write(&self, part: &Part<'_>, slots: Range<usize>, token: usize, sums: &[[f32; TILE]]) {
         let weight = part.weight;
         for (t, sums) in sums.iter().enumerate() {
-            let first = (token + t) * weight.rows;
-            if weight.logical.is_none() && weight.sparse.is_none() {
-                for (at, sum) in slots.clone().zip(sums) {
-                    let sum = sum + part.bias.map_or(0.0, |b| b[at]);
-                    // SAFETY: an element of a row that this worker alone has.
-                    unsafe { *part.y.at(first + at) = sum };
-                }
-                continue;
-            }
             for (sum, slot) in sums.iter().zip(slots.clone()) {
                 let row = weight.logical.as_ref().map_or(slot, |l| l[slot] as usize);
                 let mut sum = *sum + part.bias.map_or(0.0, |b| b[row]);
                 if let Some(sparse) = &weight.sparse {
                     sum += sparse_product(sparse, row, token + t, self.input, weight.cols);
                 }
-                // SAFETY: as above.
-                unsafe { *part.y.at(first + row) = sum };
+                // SAFETY: an element of a row that this worker alone has.
+                unsafe { *part.y.at((token + t) * weight.rows + row) = sum };
             }
         }
     }

@@ -1,7 +1,7 @@
 //! [`Operand`]: activations as 16-bit integers, run by run of four blocks.
 //!
-//! Values are rounded to 15 bits of the largest of 256 columns; quantized activations are integers already and stay exactly what they are. With
-//! `A = 2a` and a weight `(u − z)·s_w`
+//! Values are rounded to 15 bits of the largest of 256 columns; quantized activations are integers
+//! already and stay exactly what they are. With `A = 2a` and a weight `(u − z)·s_w`
 //!
 //! ```text
 //! Σ (u − z)·s_w · a·s_a = ½·s_w·s_a · ( Σ u·A − 2z·Σ a )

@@ -34,7 +34,6 @@ impl Input<'_> {
 }
 
 /// Scales and zero points of a tile's groups, one after the other.
-#[derive(Clone, Copy)]
 struct Groups {
     scales: Pointer,
     /// Of stored ones.
@@ -80,8 +79,18 @@ impl Groups {
             return start;
         }
         // SAFETY: by the caller's contract.
-        let zeros = unsafe { _mm_loadl_epi64(self.zeros.cast()) };
-        _mm256_mullo_epi32(start, _mm256_cvtepu8_epi32(zeros))
+        _mm256_mullo_epi32(start, unsafe { self.stored_zeros() })
+    }
+
+    /// Stored zero points of a part.
+    ///
+    /// # Safety
+    /// The row must have a group here, and zero points be stored.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn stored_zeros(&self) -> __m256i {
+        // SAFETY: by the caller's contract.
+        _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(self.zeros.cast()) })
     }
 
     /// Zero points of a part, of either kind.
@@ -94,9 +103,7 @@ impl Groups {
         match &plane.zeros {
             Zeros::Fixed(doubled) => _mm256_set1_ps(*doubled as f32 * 0.5),
             // SAFETY: by the caller's contract.
-            Zeros::Stored(_) => _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(unsafe {
-                _mm_loadl_epi64(self.zeros.cast())
-            })),
+            Zeros::Stored(_) => _mm256_cvtepi32_ps(unsafe { self.stored_zeros() }),
         }
     }
 
@@ -200,7 +207,8 @@ macro_rules! kernels {
             }
 
             /// # Safety
-            /// As [`tile`], and the plane must have `BITS` bits, and `STORED` say whether zero points are stored.
+            /// As [`tile`], and the plane must have `BITS` bits, and `STORED` say whether zero points
+            /// are stored.
             // A function of its own for each: registers are allotted within functions.
             #[inline(never)]
             #[target_feature(enable = $features)]
@@ -275,10 +283,7 @@ macro_rules! kernels {
     };
 }
 
-kernels!(avx2, "avx2,fma,f16c", |sum, w, a| _mm256_add_epi32(sum, _mm256_madd_epi16(w, a)));
-kernels!(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", |sum, w, a| {
-    _mm256_dpwssd_epi32(sum, w, a)
-});
+instruction_sets!(kernels);
 
 /// Writes the values of a tile's rows `lanes` to `out`, row by row at a distance of `stride`.
 ///

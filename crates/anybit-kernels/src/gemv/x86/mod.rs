@@ -1,44 +1,36 @@
 //! Vector kernels: AVX2, and AVX-512 VNNI on 256-bit vectors, which adds the products of pairs to the
 //! sums in the same instruction.
 
-/// Runs `$call` with the constant `$BITS` of so many bits.
+/// Runs `$call` with the constant `$BITS` of so many bits, 1 to 8.
 macro_rules! with_bits {
-    ($bits:expr, $BITS:ident => $call:expr) => {{
+    ($bits:expr, $BITS:ident => $call:expr) => {
+        with_bits!(@ $bits, $BITS => $call; 1 2 3 4 5 6 7)
+    };
+    (@ $bits:expr, $BITS:ident => $call:expr; $($n:literal)*) => {
         match $bits {
-            1 => {
-                const $BITS: usize = 1;
+            $($n => {
+                const $BITS: usize = $n;
                 $call
-            }
-            2 => {
-                const $BITS: usize = 2;
-                $call
-            }
-            3 => {
-                const $BITS: usize = 3;
-                $call
-            }
-            4 => {
-                const $BITS: usize = 4;
-                $call
-            }
-            5 => {
-                const $BITS: usize = 5;
-                $call
-            }
-            6 => {
-                const $BITS: usize = 6;
-                $call
-            }
-            7 => {
-                const $BITS: usize = 7;
-                $call
-            }
+            })*
             _ => {
                 const $BITS: usize = 8;
                 $call
             }
         }
-    }};
+    };
+}
+
+/// Writes the kernels of each instruction set, as `$kernels` says: a module's name, its
+/// instructions, and a sum with the products of pairs added.
+macro_rules! instruction_sets {
+    ($kernels:ident) => {
+        $kernels!(avx2, "avx2,fma,f16c", |sum, w, a| {
+            _mm256_add_epi32(sum, _mm256_madd_epi16(w, a))
+        });
+        $kernels!(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", |sum, w, a| {
+            _mm256_dpwssd_epi32(sum, w, a)
+        });
+    };
 }
 
 pub(super) mod affine;

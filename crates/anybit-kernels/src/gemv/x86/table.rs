@@ -200,10 +200,7 @@ macro_rules! kernels {
     };
 }
 
-kernels!(avx2, "avx2,fma,f16c", |sum, w, a| _mm256_add_epi32(sum, _mm256_madd_epi16(w, a)));
-kernels!(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", |sum, w, a| {
-    _mm256_dpwssd_epi32(sum, w, a)
-});
+instruction_sets!(kernels);
 
 /// Scales of a row's groups, spread over its blocks or halves of blocks; written before they are
 /// read, as far as a row needs.
@@ -227,7 +224,7 @@ impl Spread {
         widen_halves(&scales[row * count..(row + 1) * count], &mut groups[..count]);
         // Behind the last group only padding follows, whatever its scale.
         if len == 1 {
-            return self.scales[count..parts.max(count)].fill(0.0);
+            return self.scales[count..parts].fill(0.0);
         }
         for (group, parts) in self.scales[..parts].chunks_mut(len).enumerate() {
             parts.fill(self.groups[group.min(count - 1)]);
