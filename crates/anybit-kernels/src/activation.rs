@@ -1,6 +1,7 @@
 //! Elementwise functions that vectorize: a polynomial exponential, softmax and SwiGLU.
 
-use rayon::prelude::*;
+use crate::SpinPool;
+use crate::isa::{Isa, isa};
 
 /// Elements that one task handles.
 const CHUNK: usize = 1 << 14;
@@ -29,6 +30,31 @@ pub fn exp(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { value }
 }
 
+/// Writes a function that is compiled for AVX-512 too, and runs so where there is. Both give the same
+/// bits: nothing is fused or reordered that is not written so.
+macro_rules! vectorized {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $of:ty),*) $body:block) => {
+        $(#[$doc])*
+        $vis fn $name($($arg: $of),*) {
+            #[inline(always)]
+            fn plain($($arg: $of),*) $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
+                fn wide($($arg: $of),*) {
+                    plain($($arg),*)
+                }
+                if isa() == Isa::Avx512 {
+                    // SAFETY: the machine has these instructions.
+                    return unsafe { wide($($arg),*) };
+                }
+            }
+            plain($($arg),*)
+        }
+    };
+}
+
+vectorized! {
 /// Softmax of a row in place.
 pub fn softmax(row: &mut [f32]) {
     let max = largest(row);
@@ -48,8 +74,10 @@ pub fn softmax(row: &mut [f32]) {
     let factor = 1.0 / sum;
     row.iter_mut().for_each(|v| *v *= factor);
 }
+}
 
 /// Largest of the values, those that are not a number aside; −∞ of none.
+#[inline(always)]
 fn largest(row: &[f32]) -> f32 {
     // Lanes of which each takes a comparison and a choice: what vectors have an instruction for.
     let mut lanes = [f32::NEG_INFINITY; 16];
@@ -65,15 +93,27 @@ fn largest(row: &[f32]) -> f32 {
 
 /// `gate = silu(gate) · up`, elementwise; `silu(x) = x / (1 + e^−x)`.
 pub fn swiglu(gate: &mut [f32], up: &[f32]) {
-    let combine = |(gate, up): (&mut [f32], &[f32])| {
-        for (g, u) in gate.iter_mut().zip(up) {
-            *g = *g / (1.0 + exp(-*g)) * u;
-        }
-    };
-    match gate.len() <= CHUNK {
-        true => combine((gate, up)),
-        false => gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(combine),
+    assert_eq!(gate.len(), up.len(), "other rows");
+    SpinPool::global().chunks(gate, CHUNK, |at, gate| {
+        gated(gate, &up[at * CHUNK..]);
+    });
+}
+
+vectorized! {
+/// [`swiglu`] of a part.
+fn gated(gate: &mut [f32], up: &[f32]) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = *g / (1.0 + exp(-*g)) * u;
     }
+}
+}
+
+/// `x += y`.
+pub fn add(x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len(), "other rows");
+    SpinPool::global().chunks(x, CHUNK, |at, x| {
+        x.iter_mut().zip(&y[at * CHUNK..]).for_each(|(x, y)| *x += *y);
+    });
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ pub mod pool;
 pub mod rope;
 pub mod transform;
 
-pub use activation::{softmax, swiglu};
+pub use activation::{add, softmax, swiglu};
 pub use attention::{AttentionShape, attend_one, attention, attention_decode};
 pub use gemv::{PackedWeight, gemv};
 pub use integer::{BinaryWeight, CodedWeight, IntegerWeight, QuantizedRows};
@@ -31,12 +31,19 @@ pub use rope::RopeTable;
 pub use transform::{fake_rows, quantize_rows, transform_rows};
 
 /// Pointer to a buffer of which every task writes its own disjoint part.
-#[derive(Clone, Copy)]
-pub struct DisjointMut(*mut f32);
+pub struct DisjointMut<T = f32>(*mut T);
 
-impl DisjointMut {
+impl<T> Clone for DisjointMut<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for DisjointMut<T> {}
+
+impl<T> DisjointMut<T> {
     /// Points to the start of `buffer`, which nothing else may touch meanwhile.
-    pub fn new(buffer: &mut [f32]) -> Self {
+    pub fn new(buffer: &mut [T]) -> Self {
         Self(buffer.as_mut_ptr())
     }
 
@@ -45,16 +52,25 @@ impl DisjointMut {
     /// # Safety
     /// `index` must lie inside the buffer; what is written through the result must belong to the
     /// calling task alone.
-    pub unsafe fn at(self, index: usize) -> *mut f32 {
+    pub unsafe fn at(self, index: usize) -> *mut T {
         // SAFETY: inside the buffer by the caller's contract.
         unsafe { self.0.add(index) }
+    }
+
+    /// `len` elements from `first` on.
+    ///
+    /// # Safety
+    /// They must lie inside the buffer and belong to the calling task alone while they are used.
+    pub unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [T] {
+        // SAFETY: by the caller's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(first), len) }
     }
 }
 
 // SAFETY: the constructors' tasks write disjoint elements and read none of the others'.
-unsafe impl Send for DisjointMut {}
+unsafe impl<T: Send> Send for DisjointMut<T> {}
 // SAFETY: as above.
-unsafe impl Sync for DisjointMut {}
+unsafe impl<T: Send> Sync for DisjointMut<T> {}
 
 /// Runs `f` with this thread's scratch buffer, `len` values of no meaning. Grown once, reused for
 /// ever. `f` must not start parallel work: this thread could take up a task that asks for the

@@ -7,7 +7,6 @@
 
 use anybit_core::RowSource;
 use anybit_core::linalg::{View, matmul_into};
-use rayon::prelude::*;
 
 use crate::dot::{dot, dot_half};
 use crate::{DisjointMut, SpinPool, with_scratch};
@@ -38,7 +37,7 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
     let tile = tile_rows(out, inp);
     let row_tiles = out.div_ceil(tile);
     let dst = DisjointMut::new(y);
-    (0..row_tiles * tokens.div_ceil(TOKENS)).into_par_iter().for_each(|task| {
+    SpinPool::global().each(row_tiles * tokens.div_ceil(TOKENS), |task| {
         let (t, first) = (task % row_tiles, task / row_tiles * TOKENS);
         let rows = t * tile..((t + 1) * tile).min(out);
         let count = TOKENS.min(tokens - first);

@@ -1,7 +1,6 @@
 //! RMSNorm: `y_i = x_i · w_i / sqrt(mean(x²) + ε)`.
 
-use rayon::prelude::*;
-
+use crate::SpinPool;
 use crate::dot::dot;
 
 /// Rows that one task normalizes.
@@ -10,17 +9,14 @@ const ROWS: usize = 16;
 /// Normalizes each row of `x`, `[rows, weight.len()]`, into `y`.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     let n = weight.len();
-    let normalize = |(y, x): (&mut [f32], &[f32])| {
+    let normalize = |y: &mut [f32], x: &[f32]| {
         for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
             y.copy_from_slice(x);
             rms_norm_row(y, weight, eps);
         }
     };
-    // Waking threads costs more than few rows.
-    if x.len() <= ROWS * n {
-        return normalize((y, x));
-    }
-    y.par_chunks_mut(ROWS * n).zip(x.par_chunks(ROWS * n)).for_each(normalize);
+    assert_eq!(x.len(), y.len(), "other rows");
+    SpinPool::global().chunks(y, ROWS * n, |at, y| normalize(y, &x[at * ROWS * n..][..y.len()]));
 }
 
 /// Normalizes one row in place.

@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
+use crate::DisjointMut;
+
 /// How long an idle thread spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(300);
 /// Looks at the shared counter between two looks at the clock.
@@ -121,6 +123,46 @@ impl SpinPool {
     }
 }
 
+impl SpinPool {
+    /// Runs `job(task)` once for each of `tasks`, the next one on whichever worker is free.
+    ///
+    /// # Panics
+    /// When a task panics.
+    pub fn each(&self, tasks: usize, job: impl Fn(usize) + Sync) {
+        if tasks <= 1 {
+            return (0..tasks).for_each(job);
+        }
+        let next = AtomicUsize::new(0);
+        self.run(&|_| {
+            loop {
+                let task = next.fetch_add(1, Ordering::Relaxed);
+                if task >= tasks {
+                    return;
+                }
+                job(task);
+            }
+        });
+    }
+
+    /// Runs `job(at, chunk)` for `values` in chunks of `size`, of which the last may be shorter.
+    ///
+    /// # Panics
+    /// When a job panics, or chunks have no elements.
+    pub fn chunks<T: Send>(
+        &self,
+        values: &mut [T],
+        size: usize,
+        job: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let (len, all) = (values.len(), DisjointMut::new(values));
+        self.each(len.div_ceil(size), |at| {
+            let first = at * size;
+            // SAFETY: chunks lie inside and do not overlap.
+            job(at, unsafe { all.slice(first, size.min(len - first)) });
+        });
+    }
+}
+
 /// Waits for all workers when it is dropped.
 struct Wait<'a>(&'a Shared);
 
@@ -213,6 +255,21 @@ mod tests {
             }
             for sum in &sums {
                 assert_eq!(sum.load(Ordering::Relaxed), 1999 * 2000 / 2);
+            }
+        }
+    }
+
+    #[test]
+    fn tasks_and_chunks_are_done_once_each() {
+        let pool = SpinPool::new(3);
+        for len in [0, 1, 7, 1000] {
+            for size in [1, 4, 2000] {
+                let mut values = vec![0; len];
+                pool.chunks(&mut values, size, |at, chunk| {
+                    assert!(chunk.len() <= size);
+                    chunk.iter_mut().enumerate().for_each(|(i, v)| *v += at * size + i);
+                });
+                assert!(values.iter().copied().eq(0..len));
             }
         }
     }

@@ -4,9 +4,8 @@
 //! depend on each other, so the result has the same bits.
 
 use anybit_core::{ActivationQuantizer, Transform};
-use rayon::prelude::*;
 
-use crate::QuantizedRows;
+use crate::{DisjointMut, QuantizedRows, SpinPool};
 
 /// Values that one task handles.
 const TASK: usize = 1 << 14;
@@ -19,20 +18,14 @@ fn rows_per_task(cols: usize) -> usize {
 pub fn transform_rows(transform: &Transform, x: &mut [f32]) {
     let cols = transform.size().max(1);
     let step = rows_per_task(cols) * cols;
-    match x.len() <= step {
-        true => transform.apply(x),
-        false => x.par_chunks_mut(step).for_each(|rows| transform.apply(rows)),
-    }
+    SpinPool::global().chunks(x, step, |_, rows| transform.apply(rows));
 }
 
 /// Replaces rows by the values of their codes.
 pub fn fake_rows(quantizer: &ActivationQuantizer, x: &mut [f32]) {
     let cols = quantizer.cols().max(1);
     let step = rows_per_task(cols) * cols;
-    match x.len() <= step {
-        true => quantizer.fake(x),
-        false => x.par_chunks_mut(step).for_each(|rows| quantizer.fake(rows)),
-    }
+    SpinPool::global().chunks(x, step, |_, rows| quantizer.fake(rows));
 }
 
 /// Puts rows on their grids.
@@ -46,24 +39,20 @@ pub fn quantize_rows(quantizer: &ActivationQuantizer, x: &[f32], out: &mut Quant
     out.scales.resize(tokens * parts, 0.0);
     out.doubled_zeros.resize(tokens * parts, 0);
     let step = rows_per_task(cols);
-    let encode = |((x, codes), (scales, zeros)): Rows<'_>| {
-        let rows = x.chunks_exact(cols).zip(codes.chunks_exact_mut(cols));
-        let grids = scales.chunks_exact_mut(parts).zip(zeros.chunks_exact_mut(parts));
-        for ((x, codes), (scales, zeros)) in rows.zip(grids) {
-            quantizer.encode_row(x, codes, scales, zeros);
+    let codes = DisjointMut::new(&mut out.codes);
+    let scales = DisjointMut::new(&mut out.scales);
+    let zeros = DisjointMut::new(&mut out.doubled_zeros);
+    SpinPool::global().each(tokens.div_ceil(step), |task| {
+        for token in task * step..tokens.min((task + 1) * step) {
+            let x = &x[token * cols..(token + 1) * cols];
+            // SAFETY: parts of a token, which belongs to this task alone.
+            unsafe {
+                let grids = (scales.slice(token * parts, parts), zeros.slice(token * parts, parts));
+                quantizer.encode_row(x, codes.slice(token * cols, cols), grids.0, grids.1);
+            }
         }
-    };
-    if tokens <= step {
-        return encode(((x, &mut out.codes), (&mut out.scales, &mut out.doubled_zeros)));
-    }
-    let codes = out.codes.par_chunks_mut(step * cols);
-    let zeros = out.doubled_zeros.par_chunks_mut(step * parts);
-    let grids = out.scales.par_chunks_mut(step * parts).zip(zeros);
-    x.par_chunks(step * cols).zip(codes).zip(grids).for_each(encode);
+    });
 }
-
-/// Values and codes of some rows, and their scales and zero points.
-type Rows<'a> = ((&'a [f32], &'a mut [i8]), (&'a mut [f32], &'a mut [i32]));
 
 #[cfg(test)]
 mod tests {

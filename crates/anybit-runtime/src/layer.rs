@@ -16,11 +16,15 @@ use anybit_core::{BlockSites, Site};
 use anybit_io::Checkpoint;
 use anybit_kernels::attention::{Query, attention_decode};
 use anybit_kernels::{
-    AttentionShape, RopeTable, attention, fake_rows, rms_norm, swiglu, transform_rows,
+    AttentionShape, RopeTable, SpinPool, add, attention, fake_rows, rms_norm, swiglu,
+    transform_rows,
 };
 
 use crate::linear::InputBuffers;
 use crate::{KvCache, LayerKv, Linear, Result};
+
+/// Tokens whose queries or keys one task turns.
+const ROTATED: usize = 16;
 
 /// Intermediate values of one layer for a chunk of tokens; grown once, reused for every layer.
 #[derive(Debug, Clone, Default)]
@@ -215,16 +219,19 @@ impl DecoderLayer {
         let v = sized(&mut buffers.v, tokens * kv_size);
         let (site, linears) = (self.sites.at(Site::AttnInput), [&self.q, &self.k, &self.v]);
         buffers.input.project(site, linears, input, [&mut *q, &mut *k, &mut *v]);
-        let heads = q.chunks_exact_mut(q_size).zip(k.chunks_exact_mut(kv_size));
-        for (t, (q, k)) in heads.enumerate() {
-            if let Some((q_norm, k_norm)) = &self.qk_norm {
-                let heads = q.chunks_exact_mut(self.head_dim);
-                heads.for_each(|h| anybit_kernels::norm::rms_norm_row(h, q_norm, self.eps));
-                let heads = k.chunks_exact_mut(self.head_dim);
-                heads.for_each(|h| anybit_kernels::norm::rms_norm_row(h, k_norm, self.eps));
-            }
-            rope.rotate(q, places.position(t));
-            rope.rotate(k, places.position(t));
+        let norms = self.qk_norm.as_ref();
+        for (x, size, norm) in
+            [(&mut *q, q_size, norms.map(|n| &n.0)), (&mut *k, kv_size, norms.map(|n| &n.1))]
+        {
+            SpinPool::global().chunks(x, ROTATED * size, |at, x| {
+                for (t, x) in (at * ROTATED..).zip(x.chunks_exact_mut(size)) {
+                    if let Some(norm) = norm {
+                        let heads = x.chunks_exact_mut(self.head_dim);
+                        heads.for_each(|h| anybit_kernels::norm::rms_norm_row(h, norm, self.eps));
+                    }
+                    rope.rotate(x, places.position(t));
+                }
+            });
         }
         self.transform(Site::Query, q);
         self.transform(Site::Key, k);
@@ -299,6 +306,6 @@ impl DecoderLayer {
     ) {
         let out = sized(&mut buffers.out, x.len());
         buffers.input.project(self.sites.at(site), [linear], input, [&mut *out]);
-        x.iter_mut().zip(out).for_each(|(x, o)| *x += *o);
+        add(x, out);
     }
 }

@@ -9,14 +9,13 @@ use std::sync::Arc;
 
 use anybit_core::{RowSource, SiteState};
 use anybit_io::{Checkpoint, Weight};
-use anybit_kernels::gemv::{Input, Product, Scratch, gemv};
+use anybit_kernels::gemv::{Input, Product, Scratch, gemv, most_tokens};
 use anybit_kernels::{CodedWeight, PackedWeight, QuantizedRows, fake_rows, linear, quantize_rows};
 
 use crate::Result;
 
-/// Up to this many tokens, taking codes apart for each group of tokens is cheaper than decoding
-/// rows for GEMM.
-pub const FEW_TOKENS: usize = 32;
+/// Up to this many tokens, 16-bit products of quantized inputs beat 8-bit ones on bytes.
+const FEW_TOKENS: usize = 32;
 
 /// `y = x Wᵀ + b` with a weight in any storage.
 #[derive(Clone)]
@@ -168,7 +167,7 @@ fn forward_values<const N: usize>(
     scratch: &mut Scratch,
     outputs: [&mut [f32]; N],
 ) {
-    let few = x.len() <= FEW_TOKENS * linears[0].weight.shape().1;
+    let few = x.len() / linears[0].weight.shape().1 <= most_tokens();
     if few && linears.iter().all(|l| l.packed.is_some()) {
         return products(linears, Input::Values(x), scratch, outputs);
     }

@@ -10,6 +10,7 @@ use anybit::core::{Matrix, ScaleFit};
 use anybit::io::convert::{FolderOptions, to_folder, to_gguf};
 use anybit::io::native::{Manifest, QuantizedRecord, verify};
 use anybit::io::{Checkpoint, Dtype, Format, ModelConfig, synth};
+use anybit::kernels::gemv::most_tokens;
 use anybit::ptq::recipe::CalibrationRecipe;
 use anybit::ptq::{Plan, Recipe};
 use anybit::quantize::{self, Options};
@@ -74,20 +75,23 @@ fn check(lab: &Lab, recipe: &Recipe) -> Manifest {
     manifest.clone()
 }
 
-/// Packed weights compute what their decoded values compute, a prompt bit for bit and token by token
-/// up to the rounding of activations, and not what the original computes.
+/// Packed weights compute what their decoded values compute, up to the rounding of activations where
+/// products come straight from codes and bit for bit where they do not, and not what the original
+/// computes.
 fn same_as_decoded(packed: &Checkpoint, model: &Checkpoint, what: &str) {
-    // More than products from packed codes take.
+    // More than products from packed codes take with 256 bits.
     let tokens = common::some_tokens(40, packed.config.vocab_size);
     let through_codes = logits_of(packed, &tokens);
     let mut decoder = Decoder::load(packed, tokens.len()).unwrap();
     decode(&mut decoder);
     let decoded = logits(&decoder, &tokens);
-    let (prompt, steps) = through_codes.split_at(through_codes.len() / 2);
-    assert!(same_bits(prompt, &decoded[..prompt.len()]), "{what}");
-    let largest = steps.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let prompt = through_codes.len() / 2;
+    if tokens.len() > most_tokens() {
+        assert!(same_bits(&through_codes[..prompt], &decoded[..prompt]), "{what}");
+    }
+    let largest = through_codes.iter().fold(0f32, |m, v| m.max(v.abs()));
     let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-3 * largest;
-    assert!(steps.iter().zip(&decoded[prompt.len()..]).all(near), "{what}");
+    assert!(through_codes.iter().zip(&decoded).all(near), "{what}");
     assert!(!same_bits(&through_codes, &logits_of(model, &tokens)), "{what}: nothing changed");
 }
 

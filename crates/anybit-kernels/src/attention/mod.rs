@@ -4,9 +4,8 @@
 mod decode;
 
 use anybit_core::linalg::{View, matmul, matmul_into};
-use rayon::prelude::*;
 
-use crate::{DisjointMut, KvRows, softmax, with_scratch};
+use crate::{DisjointMut, KvRows, SpinPool, softmax, with_scratch};
 
 pub use decode::{Query, attend_one, attention_decode};
 
@@ -49,7 +48,7 @@ pub fn attention(
     let scale = 1.0 / (head_dim as f32).sqrt();
     let dst = DisjointMut::new(out);
     let blocks = queries.div_ceil(QUERIES);
-    (0..heads * blocks).into_par_iter().for_each(|task| {
+    SpinPool::global().each(heads * blocks, |task| {
         let (head, first) = (task % heads, task / heads * QUERIES);
         let count = QUERIES.min(queries - first);
         let end = start + first + count;

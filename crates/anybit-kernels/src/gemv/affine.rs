@@ -1,11 +1,12 @@
-//! [`AffinePlane`]: codes of an affine grid in tiles of eight rows, a row for each lane of a vector.
+//! [`AffinePlane`]: codes of an affine grid in tiles of sixteen rows, a row for each lane of a vector.
 //!
 //! Columns are cut into *blocks* of 64 and halves of blocks, the last block padded with code 0, and
 //! rows into tiles, the last one padded likewise. Of a tile, eight columns after the other lie
 //! together as [`super::slices`] says: their first four columns are `E₀`, the others `E₁`, and in
 //! either half row `r` has bytes `4r … 4r + 3` with columns 0, 2, 1, 3. The lower and the upper bytes
 //! of 16-bit numbers are then pairs of neighbours, which is what a multiply-add of pairs takes: lane
-//! `r` adds up row `r`, a scale for eight rows is one vector, and nothing is summed across lanes.
+//! `r` adds up row `r`, a scale for each row is one vector of 512 bits or two of 256, and nothing is
+//! summed across lanes.
 //!
 //! A *part* of a row is what one integer adds up: as many halves of blocks as the largest power of two
 //! that divides a group, at most a run of activations.
@@ -19,24 +20,27 @@ use rayon::prelude::*;
 
 use super::lines::Lines;
 use super::operand::{BLOCK, HALVES, Operand};
-use super::slices::{CODES, pack, unpack};
+use super::slices::{pack, unpack};
+use crate::SpinPool;
 use crate::isa::{Isa, isa};
 
 /// Rows of a tile.
-pub(super) const TILE: usize = 8;
+pub(super) const TILE: usize = 16;
 /// Columns that are packed together.
-pub(super) const COLUMNS: usize = CODES / TILE;
+pub(super) const COLUMNS: usize = 8;
+/// Codes that are packed together.
+const CODES: usize = TILE * COLUMNS;
 
 /// Zero points.
 #[derive(Debug, Clone)]
 pub(super) enum Zeros {
     /// `2z`, the same everywhere.
     Fixed(i32),
-    /// One per row and group, `[tiles, groups, 8]`.
+    /// One per row and group, `[tiles, groups, 16]`.
     Stored(Vec<u8>),
 }
 
-/// Scales, `[tiles, groups, 8]`.
+/// Scales, `[tiles, groups, 16]`.
 #[derive(Debug, Clone)]
 pub(super) enum Scales {
     /// As stored in groups.
@@ -60,7 +64,7 @@ pub(super) struct AffinePlane {
     pub parts: usize,
     /// Halves of blocks in a part, as a power of two: at most a run's.
     pub part_log2: u32,
-    /// `[tiles, blocks, 8, 8·bits]`.
+    /// `[tiles, blocks, 8, 16·bits]`.
     pub codes: Lines<u8>,
     pub scales: Scales,
     pub zeros: Zeros,
@@ -68,7 +72,7 @@ pub(super) struct AffinePlane {
 
 /// Where the code of a tile's row and of one of eight columns lies.
 const fn place(row: usize, col: usize) -> usize {
-    (col / 4) * 32 + row * 4 + [0, 2, 1, 3][col % 4]
+    (col / 4) * CODES / 2 + row * 4 + [0, 2, 1, 3][col % 4]
 }
 
 impl AffinePlane {
@@ -118,7 +122,7 @@ impl AffinePlane {
 
     /// Bytes of a tile's codes.
     pub fn tile_bytes(&self) -> usize {
-        self.blocks * BLOCK * self.bits
+        self.blocks * BLOCK * TILE / 8 * self.bits
     }
 
     /// Bytes that a product reads.
@@ -150,20 +154,23 @@ impl AffinePlane {
         (tile * self.groups + part / self.group_parts) * TILE
     }
 
-    /// What sums start from but for stored zero points, `[tokens, parts]`: `−2z·Σ a` where zero
-    /// points are fixed, `−2·Σ a` where they are stored.
+    /// What sums start from but for stored zero points, `[⌈tokens / width⌉, parts, width]`: `−2z·Σ a`
+    /// where zero points are fixed, `−2·Σ a` where they are stored.
     pub fn starts(&self, x: &Operand, out: &mut Lines<i32>) {
         let factor = match &self.zeros {
             Zeros::Fixed(doubled) => -doubled,
             Zeros::Stored(_) => -2,
         };
-        out.resize(x.tokens * self.parts);
-        let sums = x.sums.chunks_exact(2 * x.blocks);
-        for (sums, out) in sums.zip(out.chunks_exact_mut(self.parts)) {
-            for (sums, out) in sums.chunks(1 << self.part_log2).zip(out) {
-                *out = sums.iter().sum::<i32>().wrapping_mul(factor);
+        out.resize(x.tokens.div_ceil(x.width) * x.width * self.parts);
+        SpinPool::global().chunks(out, x.width * self.parts, |group, out| {
+            let first = group * x.width * 2 * x.blocks;
+            for (at, sums) in x.sums[first..].chunks_exact(2 * x.blocks).take(x.width).enumerate() {
+                let out = out.iter_mut().skip(at).step_by(x.width);
+                for (sums, out) in sums.chunks(1 << self.part_log2).zip(out) {
+                    *out = sums.iter().sum::<i32>().wrapping_mul(factor);
+                }
             }
-        }
+        });
     }
 
     fn scale(&self, at: usize) -> f32 {
@@ -175,7 +182,8 @@ impl AffinePlane {
 
     /// The eight columns `at` of a tile.
     fn columns(&self, tile: usize, at: usize) -> &[u8] {
-        &self.codes[tile * self.tile_bytes() + at * 8 * self.bits..][..8 * self.bits]
+        let bytes = CODES / 8 * self.bits;
+        &self.codes[tile * self.tile_bytes() + at * bytes..][..bytes]
     }
 
     /// Decodes rows of a tile to `out`, row by row at a distance of `stride`: the same bits as
@@ -218,30 +226,34 @@ impl AffinePlane {
     pub fn add_tile(&self, tile: usize, x: &Operand, token: usize, sums: &mut [f32; TILE]) {
         let a = &x.codes[token * x.blocks * BLOCK..][..x.blocks * BLOCK];
         let mut codes = [0; CODES];
-        for part in 0..self.parts {
-            let halves = self.halves(part);
-            let mut totals = [0i32; TILE];
-            for at in 4 * halves.start..4 * halves.end {
-                unpack(self.columns(tile, at), self.bits, &mut codes);
-                for (lane, total) in totals.iter_mut().enumerate() {
-                    for (col, a) in a[at * COLUMNS..][..COLUMNS].iter().enumerate() {
-                        let product = codes[place(lane, col)] as i32 * *a as i32;
-                        *total = total.wrapping_add(product);
+        for run in 0..x.runs {
+            let mut products = [0f32; TILE];
+            for part in self.parts_of_run(run) {
+                let halves = self.halves(part);
+                let mut totals = [0i32; TILE];
+                for at in 4 * halves.start..4 * halves.end {
+                    unpack(self.columns(tile, at), self.bits, &mut codes);
+                    for (lane, total) in totals.iter_mut().enumerate() {
+                        for (col, a) in a[at * COLUMNS..][..COLUMNS].iter().enumerate() {
+                            let product = codes[place(lane, col)] as i32 * *a as i32;
+                            *total = total.wrapping_add(product);
+                        }
                     }
                 }
+                let own = self.parameters(tile, part);
+                let first = 2 * token * x.blocks;
+                let a: i32 = x.sums[first + halves.start..first + halves.end].iter().sum();
+                for (lane, (sum, total)) in products.iter_mut().zip(totals).enumerate() {
+                    let doubled = match &self.zeros {
+                        Zeros::Fixed(doubled) => *doubled,
+                        Zeros::Stored(zeros) => 2 * zeros[own + lane] as i32,
+                    };
+                    let total = total.wrapping_sub(doubled.wrapping_mul(a));
+                    *sum += total as f32 * self.scale(own + lane);
+                }
             }
-            let own = self.parameters(tile, part);
-            let first = 2 * token * x.blocks;
-            let a: i32 = x.sums[first + halves.start..first + halves.end].iter().sum();
-            for (lane, (sum, total)) in sums.iter_mut().zip(totals).enumerate() {
-                let doubled = match &self.zeros {
-                    Zeros::Fixed(doubled) => *doubled,
-                    Zeros::Stored(zeros) => 2 * zeros[own + lane] as i32,
-                };
-                let total = total.wrapping_sub(doubled.wrapping_mul(a));
-                let scale = x.scales[token * x.runs + halves.start / HALVES];
-                *sum += total as f32 * (scale * self.scale(own + lane));
-            }
+            let scale = x.scales[token * x.runs + run];
+            sums.iter_mut().zip(products).for_each(|(sum, product)| *sum += product * scale);
         }
     }
 }
@@ -251,7 +263,7 @@ const fn parts_of(cols: usize, part_log2: u32) -> usize {
     (2 * cols.div_ceil(BLOCK)).div_ceil(1 << part_log2)
 }
 
-/// Parameters `[rows, groups]` as `[tiles, padded, 8]`, zero where there are none.
+/// Parameters `[rows, groups]` as `[tiles, padded, 16]`, zero where there are none.
 fn by_tiles<V: Copy + Default>(values: &[V], rows: usize, groups: usize, padded: usize) -> Vec<V> {
     let mut out = vec![V::default(); rows.next_multiple_of(TILE) * padded];
     for (row, values) in values.chunks_exact(groups).enumerate() {
@@ -275,7 +287,7 @@ fn zeros_of(plane: &Plane, groups: usize, padded: usize) -> Vec<u8> {
 fn codes_of(plane: &Plane, blocks: usize) -> Lines<u8> {
     let (rows, cols, bits) = (plane.rows, plane.cols, plane.grid.bits());
     let (words, width) = (words_per_row(cols, bits), blocks * BLOCK);
-    let tile_bytes = width * bits as usize;
+    let tile_bytes = width * TILE / 8 * bits as usize;
     let mut codes = Lines::zeros(rows.div_ceil(TILE) * tile_bytes);
     codes.par_chunks_mut(tile_bytes).enumerate().for_each(|(tile, out)| {
         let mut own = vec![0; TILE * width];
@@ -283,7 +295,7 @@ fn codes_of(plane: &Plane, blocks: usize) -> Lines<u8> {
             let stream = &plane.codes[row * words..(row + 1) * words];
             unpack_row(stream, bits, 0, &mut own[row % TILE * width..][..cols]);
         }
-        for (at, out) in out.chunks_exact_mut(8 * bits as usize).enumerate() {
+        for (at, out) in out.chunks_exact_mut(CODES / 8 * bits as usize).enumerate() {
             let mut codes = [0; CODES];
             for row in 0..TILE {
                 for col in 0..COLUMNS {

@@ -2,7 +2,7 @@
 //!
 //! A decode step reads every weight once, so its speed is that of memory as long as taking codes
 //! apart costs less than fetching them. [`PackedWeight`] holds codes in the order in which vector
-//! registers take them apart: affine codes in tiles of eight rows ([`affine`]), codes of tables row by
+//! registers take them apart: affine codes in tiles of sixteen rows ([`affine`]), codes of tables row by
 //! row ([`table`]). Activations are 16-bit integers ([`operand`]), so one multiply-add of pairs
 //! serves every grid. Up to four tokens share one unpacking.
 //!
@@ -32,8 +32,11 @@ use lines::Lines;
 use operand::Operand;
 use table::TablePlane;
 
-/// Tokens that share one unpacking.
+/// Tokens that share one unpacking; with 512 bits, where registers hold more sums, the latter.
 const TOKENS: usize = 4;
+const WIDE_TOKENS: usize = 8;
+/// Bytes of the activations that stay in the second-level cache while weights pass.
+const BLOCK_BYTES: usize = 1 << 19;
 
 /// A plane in kernel order.
 #[derive(Debug, Clone)]
@@ -278,6 +281,15 @@ pub struct Scratch {
     starts: Vec<Lines<i32>>,
 }
 
+/// Up to so many tokens, [`gemv`] is faster than GEMM on decoded rows with this machine's
+/// instructions.
+pub fn most_tokens() -> usize {
+    match isa() {
+        Isa::Avx512 => usize::MAX,
+        _ => 32,
+    }
+}
+
 /// Computes `y = x Wᵀ + bias` for all `products`, which share an input, in one parallel region.
 ///
 /// With [`Input::Values`] an input is rounded to 15 bits of the largest of 256 columns; products
@@ -307,7 +319,7 @@ fn gemv_on(
     let planes: usize = products.iter().map(|p| p.weight.planes.len()).sum();
     scratch.operands.resize_with(operands.max(scratch.operands.len()), Operand::default);
     scratch.starts.resize_with(planes.max(scratch.starts.len()), Lines::default);
-    let firsts = prepare(input, products, scratch);
+    let firsts = prepare(isa, input, products, scratch);
     let tokens = scratch.operands[0].tokens;
     let mut jobs = Jobs { isa, parts: [const { None }; MOST], tokens };
     let mut starts = &scratch.starts[..];
@@ -331,7 +343,12 @@ const MOST: usize = 4;
 
 /// Fills operands and the starts of sums. Returns where each product's operands begin: weights
 /// that cut their input alike share them.
-fn prepare(input: Input<'_>, products: &[Product<'_>], scratch: &mut Scratch) -> [usize; MOST] {
+fn prepare(
+    isa: Isa,
+    input: Input<'_>,
+    products: &[Product<'_>],
+    scratch: &mut Scratch,
+) -> [usize; MOST] {
     let (mut firsts, mut end) = ([0; MOST], 0);
     let mut starts = &mut scratch.starts[..];
     for (at, Product { weight, .. }) in products.iter().enumerate() {
@@ -347,7 +364,10 @@ fn prepare(input: Input<'_>, products: &[Product<'_>], scratch: &mut Scratch) ->
                 fill(input, weight, &mut scratch.operands[firsts[at]..end]);
             }
         }
-        let operands = &scratch.operands[firsts[at]..][..weight.column_groups];
+        let operands = &mut scratch.operands[firsts[at]..][..weight.column_groups];
+        if isa == Isa::Avx512 && weight.planes.iter().any(|p| matches!(p, KernelPlane::Affine(_))) {
+            operands.iter_mut().for_each(|x| x.widen(width(isa, x.tokens)));
+        }
         let (own, others) = starts.split_at_mut(weight.planes.len());
         for (index, (plane, starts)) in weight.planes.iter().zip(own).enumerate() {
             if let KernelPlane::Affine(plane) = plane {
@@ -357,6 +377,15 @@ fn prepare(input: Input<'_>, products: &[Product<'_>], scratch: &mut Scratch) ->
         starts = others;
     }
     firsts
+}
+
+/// So many of these tokens share an unpacking.
+fn width(isa: Isa, tokens: usize) -> usize {
+    match tokens {
+        0..=1 => 1,
+        _ if tokens > TOKENS && isa == Isa::Avx512 => WIDE_TOKENS,
+        _ => TOKENS,
+    }
 }
 
 /// Fills the operands of a weight's column groups.
@@ -403,17 +432,22 @@ impl Jobs<'_> {
     /// others, so that all have the same bytes and the same work.
     fn run(&self, index: usize, threads: usize, input: Input<'_>) {
         with_room(|room| {
-            let mut worker = Worker { isa: self.isa, tokens: self.tokens, input, room };
+            let width = width(self.isa, self.tokens);
+            let mut worker = Worker { isa: self.isa, width, input, room };
             for part in self.parts.iter().flatten() {
                 let weight = part.weight;
-                let mut stored = 0;
-                let groups = weight.planes.chunks_exact(weight.column_groups);
-                for (group, planes) in groups.enumerate() {
-                    let own = RowGroup { part, group, stored, rows: planes[0].rows() };
-                    let tiles = own.rows.div_ceil(TILE);
-                    let share = tiles * index / threads..tiles * (index + 1) / threads;
-                    share.for_each(|tile| worker.tile(&own, tile));
-                    stored += own.rows;
+                let most = (BLOCK_BYTES / (2 * weight.cols) / WIDE_TOKENS).max(4) * WIDE_TOKENS;
+                for first in (0..self.tokens).step_by(most) {
+                    let tokens = first..self.tokens.min(first + most);
+                    let mut stored = 0;
+                    let groups = weight.planes.chunks_exact(weight.column_groups);
+                    for (group, planes) in groups.enumerate() {
+                        let own = RowGroup { part, group, stored, rows: planes[0].rows() };
+                        let tiles = own.rows.div_ceil(TILE);
+                        let share = tiles * index / threads..tiles * (index + 1) / threads;
+                        share.for_each(|tile| worker.tile(&own, tile, tokens.clone()));
+                        stored += own.rows;
+                    }
                 }
             }
         });
@@ -456,43 +490,47 @@ fn with_room<R>(f: impl FnOnce(&mut Room) -> R) -> R {
 /// One thread's part of a product.
 struct Worker<'a> {
     isa: Isa,
-    tokens: usize,
+    width: usize,
     input: Input<'a>,
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
     room: &'a mut Room,
 }
 
 impl Worker<'_> {
-    /// A tile of rows, for all tokens. A kernel takes one token or four: the last are repeated.
-    fn tile(&mut self, own: &RowGroup<'_>, tile: usize) {
-        let rows = own.tile(tile);
-        let slots = own.stored + rows.start..own.stored + rows.end;
-        for first in (0..self.tokens).step_by(TOKENS) {
-            match self.tokens - first {
-                1 => {
-                    let sums = self.products(own, tile, [first]);
-                    self.write(own.part, slots.clone(), first, &sums);
-                }
-                left => {
-                    let last = left.min(TOKENS) - 1;
-                    let tokens = std::array::from_fn(|t| first + t.min(last));
-                    let sums = self.products::<TOKENS>(own, tile, tokens);
-                    self.write(own.part, slots.clone(), first, &sums[..=last]);
-                }
+    /// A tile of rows, for some tokens.
+    fn tile(&mut self, own: &RowGroup<'_>, tile: usize, tokens: Range<usize>) {
+        for first in tokens.clone().step_by(self.width) {
+            let own_tokens = first..tokens.end.min(first + self.width);
+            match self.width {
+                1 => self.some::<1>(own, tile, own_tokens),
+                TOKENS => self.some::<TOKENS>(own, tile, own_tokens),
+                _ => self.some::<WIDE_TOKENS>(own, tile, own_tokens),
             }
         }
     }
 
-    /// Products of a tile with tokens, over all column groups.
+    /// [`Self::tile`] for as many tokens as a kernel takes; where there are fewer, the last one
+    /// several times.
+    fn some<const T: usize>(&mut self, own: &RowGroup<'_>, tile: usize, tokens: Range<usize>) {
+        let count = tokens.len();
+        let all = std::array::from_fn(|t| tokens.start + t.min(count - 1));
+        let mut sums = [[0f32; TILE]; T];
+        self.products(own, tile, all, &mut sums);
+        let rows = own.tile(tile);
+        let slots = own.stored + rows.start..own.stored + rows.end;
+        self.write(own.part, slots, tokens.start, &sums[..count]);
+    }
+
+    /// Adds the products of a tile with tokens to `sums`, over all column groups.
     fn products<const T: usize>(
         &mut self,
         own: &RowGroup<'_>,
         tile: usize,
         tokens: [usize; T],
-    ) -> [[f32; TILE]; T] {
+        sums: &mut [[f32; TILE]; T],
+    ) {
         let weight = own.part.weight;
         let groups = weight.column_groups;
-        let mut sums = [[0f32; TILE]; T];
         for (at, x) in own.part.operands.iter().enumerate() {
             let index = own.group * groups + at;
             match &weight.planes[index] {
@@ -502,10 +540,8 @@ impl Worker<'_> {
                     // SAFETY: chosen because the machine has these instructions.
                     unsafe {
                         match self.isa {
-                            Isa::Avx512 => {
-                                x86::affine::avx512::tile(input, tile, tokens, &mut sums)
-                            }
-                            _ => x86::affine::avx2::tile(input, tile, tokens, &mut sums),
+                            Isa::Avx512 => x86::affine512::tile(input, tile, tokens[0] / T, sums),
+                            _ => x86::affine::tile(input, tile, tokens, sums),
                         }
                     }
                 }
@@ -516,8 +552,8 @@ impl Worker<'_> {
                     // SAFETY: chosen because the machine has these instructions.
                     unsafe {
                         match self.isa {
-                            Isa::Avx512 => x86::table::avx512::rows(&call, spread, &mut sums),
-                            _ => x86::table::avx2::rows(&call, spread, &mut sums),
+                            Isa::Avx512 => x86::table512::rows(&call, spread, sums),
+                            _ => x86::table::rows(&call, spread, sums),
                         }
                     }
                 }
@@ -535,13 +571,15 @@ impl Worker<'_> {
                 }
             }
         }
-        sums
     }
 
     /// Writes the results of stored rows `slots` and of the tokens of `sums`, the first of which is
     /// `token`.
     fn write(&self, part: &Part<'_>, slots: Range<usize>, token: usize, sums: &[[f32; TILE]]) {
         let weight = part.weight;
+        if weight.logical.is_none() && weight.sparse.is_none() {
+            return copy(part, slots, token, sums);
+        }
         for (t, sums) in sums.iter().enumerate() {
             for (sum, slot) in sums.iter().zip(slots.clone()) {
                 let row = weight.logical.as_ref().map_or(slot, |l| l[slot] as usize);
@@ -552,6 +590,19 @@ impl Worker<'_> {
                 // SAFETY: an element of a row that this worker alone has.
                 unsafe { *part.y.at((token + t) * weight.rows + row) = sum };
             }
+        }
+    }
+}
+
+/// Writes the results of rows that lie in their order, as [`Worker::write`].
+fn copy(part: &Part<'_>, rows: Range<usize>, token: usize, sums: &[[f32; TILE]]) {
+    for (t, sums) in sums.iter().enumerate() {
+        let first = (token + t) * part.weight.rows + rows.start;
+        // SAFETY: elements of rows that this worker alone has.
+        let y = unsafe { part.y.slice(first, rows.len()) };
+        y.copy_from_slice(&sums[..rows.len()]);
+        if let Some(bias) = part.bias {
+            y.iter_mut().zip(&bias[rows.clone()]).for_each(|(y, b)| *y += b);
         }
     }
 }

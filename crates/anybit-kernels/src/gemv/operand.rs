@@ -10,11 +10,13 @@
 //! and everything in the bracket is an integer for half-integer `z` too.
 
 use super::lines::Lines;
-use crate::QuantizedRows;
+use crate::{DisjointMut, QuantizedRows, SpinPool};
 
 /// Columns of a block.
 pub(super) const BLOCK: usize = 64;
 
+/// Tokens that one task rounds.
+const TASK: usize = 8;
 /// Largest magnitude of `a`.
 const LARGEST: f32 = 16383.0;
 /// Blocks that share a scale: their integers add up in an i32 whatever the grid.
@@ -35,6 +37,12 @@ pub(super) struct Operand {
     pub scales: Vec<f32>,
     /// `Σ a` of either half of a block, `[tokens, blocks, 2]`.
     pub sums: Vec<i32>,
+    /// Tokens that lie side by side in `wide` and `wide_scales`; one when these are not used.
+    pub width: usize,
+    /// Codes of tokens side by side, two columns of each: `[⌈tokens / width⌉, columns / 2, width, 2]`.
+    wide: Lines<i16>,
+    /// Their scales, `[⌈tokens / width⌉, runs, width]`.
+    wide_scales: Vec<f32>,
 }
 
 impl Operand {
@@ -43,22 +51,81 @@ impl Operand {
         &mut self,
         tokens: usize,
         cols: usize,
-        fill: impl Fn(usize, &mut [i16], &mut [f32]),
+        fill: impl Fn(usize, &mut [i16], &mut [f32]) + Sync,
     ) {
         let blocks = cols.div_ceil(BLOCK);
         (self.tokens, self.blocks, self.runs) = (tokens, blocks, blocks.div_ceil(RUN));
+        self.width = 1;
         self.codes.resize(tokens * blocks * BLOCK);
         self.scales.resize(tokens * self.runs, 0.0);
         self.sums.resize(tokens * blocks * 2, 0);
-        let codes = self.codes.chunks_exact_mut(blocks * BLOCK);
-        let scales = self.scales.chunks_exact_mut(self.runs);
-        let sums = self.sums.chunks_exact_mut(blocks * 2);
-        for (token, ((codes, scales), sums)) in codes.zip(scales).zip(sums).enumerate() {
-            fill(token, codes, scales);
-            for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(BLOCK / 2)) {
-                *sum = codes.iter().map(|code| *code as i32).sum::<i32>() / 2;
+        let (width, runs) = (blocks * BLOCK, self.runs);
+        let codes = DisjointMut::new(&mut self.codes);
+        let scales = DisjointMut::new(&mut self.scales);
+        let sums = DisjointMut::new(&mut self.sums);
+        SpinPool::global().each(tokens.div_ceil(TASK), |task| {
+            for token in task * TASK..tokens.min((task + 1) * TASK) {
+                // SAFETY: parts of a token, which belongs to this task alone.
+                let (codes, scales, sums) = unsafe {
+                    let scales = scales.slice(token * runs, runs);
+                    (
+                        codes.slice(token * width, width),
+                        scales,
+                        sums.slice(token * 2 * blocks, 2 * blocks),
+                    )
+                };
+                fill(token, codes, scales);
+                for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(BLOCK / 2)) {
+                    *sum = codes.iter().map(|code| *code as i32).sum::<i32>() / 2;
+                }
             }
+        });
+    }
+
+    /// Lays tokens side by side, `width` of them; behind the last one zeros follow.
+    pub fn widen(&mut self, width: usize) {
+        self.width = width;
+        if width == 1 {
+            return;
         }
+        let (cols, runs, tokens) = (self.blocks * BLOCK, self.runs, self.tokens);
+        let groups = tokens.div_ceil(width);
+        self.wide.resize(groups * width * cols);
+        self.wide_scales.resize(groups * width * runs, 0.0);
+        let (codes, scales) = (&self.codes, &self.scales);
+        let wide_scales = DisjointMut::new(&mut self.wide_scales);
+        SpinPool::global().chunks(&mut self.wide, width * cols, |group, wide| {
+            // SAFETY: the scales of this group.
+            let wide_scales = unsafe { wide_scales.slice(group * width * runs, width * runs) };
+            for at in 0..width {
+                let token = group * width + at;
+                if token >= tokens {
+                    wide.as_chunks_mut::<2>()
+                        .0
+                        .iter_mut()
+                        .skip(at)
+                        .step_by(width)
+                        .for_each(|p| *p = [0; 2]);
+                    wide_scales.iter_mut().skip(at).step_by(width).for_each(|s| *s = 0.0);
+                    continue;
+                }
+                let pairs = codes[token * cols..(token + 1) * cols].as_chunks::<2>().0;
+                let own = wide.as_chunks_mut::<2>().0.iter_mut().skip(at).step_by(width);
+                own.zip(pairs).for_each(|(own, pair)| *own = *pair);
+                let own = wide_scales.iter_mut().skip(at).step_by(width);
+                own.zip(&scales[token * runs..]).for_each(|(own, scale)| *own = *scale);
+            }
+        });
+    }
+
+    /// Codes and scales of the tokens of a group that lie side by side.
+    pub fn group(&self, group: usize) -> (&[i16], &[f32]) {
+        let (codes, scales) = match self.width {
+            1 => (&self.codes[..], &self.scales[..]),
+            _ => (&self.wide[..], &self.wide_scales[..]),
+        };
+        let (cols, runs) = (self.width * self.blocks * BLOCK, self.width * self.runs);
+        (&codes[group * cols..(group + 1) * cols], &scales[group * runs..(group + 1) * runs])
     }
 
     /// Rounds columns `first..first + cols` of rows of `x` of `width` columns, each times its

@@ -81,7 +81,7 @@ proptest! {
     #[test]
     fn every_grid_on_every_instruction_set(
         kind in 0usize..5, bits in 1u8..=8, group in prop::option::of(1usize..5),
-        rows in 1usize..20, cols in 1usize..330, tokens in 0usize..7, seed in any::<u64>(),
+        rows in 1usize..40, cols in 1usize..330, tokens in 0usize..19, seed in any::<u64>(),
     ) {
         let bits = if kind == 0 { bits.max(2) } else { bits };
         let group = group.map(|g| 32 * g).filter(|g| *g <= cols);
@@ -210,7 +210,7 @@ fn corners_of_every_width() {
     let shapes = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257];
     for bits in 1..=8u8 {
         for (at, cols) in shapes.into_iter().enumerate() {
-            let rows = [1, TILE + 1, TILE][at % 3];
+            let rows = [1, TILE + 1, TILE, 2 * TILE + 1][at % 4];
             for kind in 0..5usize {
                 let bits = if kind == 0 { bits.max(2) } else { bits };
                 let group = [None, Some(32), Some(64)][(at + kind) % 3].filter(|g| *g <= cols);
@@ -226,7 +226,8 @@ fn corners_of_every_width() {
                 let mut back = vec![0.0; rows * cols];
                 weight.read_rows(0..rows, &mut back);
                 assert_eq!(back, decoded.data, "{kind} {bits} {cols}");
-                let tokens = [0, 1, 2, TOKENS, TOKENS + 1][(at + bits as usize) % 5];
+                let tokens =
+                    [0, 1, 2, TOKENS, TOKENS + 1, WIDE_TOKENS + 1][(at + bits as usize) % 6];
                 let x: Vec<f32> = (0..tokens * cols).map(|_| rng.normal() as f32).collect();
                 let want = exact(&x, &decoded, None);
                 let centroids = largest_value(&matrix);
@@ -243,7 +244,7 @@ fn corners_of_every_width() {
                         assert!(error <= bound + 1e-6, "{kind} {bits} {cols}: {y} {want}");
                     }
                     // Vectors of the same lanes, exact integers: the same bits.
-                    if isa > Isa::Scalar {
+                    if isa > Isa::Scalar && kind < 3 {
                         assert_eq!(*fastest.get_or_insert_with(|| y.clone()), y);
                     }
                 }
@@ -297,7 +298,7 @@ fn vectors_unpack_what_the_scalar_twin_does() {
         for _ in 0..20 {
             // No byte more than there must be, so that a sanitizer sees one that is read too many.
             let bytes: Vec<u8> = (0..8 * bits).map(|_| rng.next_u64() as u8).collect();
-            let (mut fast, mut slow) = ([0; slices::CODES], [0; slices::CODES]);
+            let (mut fast, mut slow) = ([0; 64], [0; 64]);
             // SAFETY: just asked for.
             unsafe { x86::unpack_codes(&bytes, bits, &mut fast) };
             slices::unpack(&bytes, bits, &mut slow);

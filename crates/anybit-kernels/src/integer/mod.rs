@@ -30,8 +30,8 @@ use anybit_core::bitstream::{unpack_row, words_per_row};
 use anybit_core::{GridSpec, Plane, QuantizedMatrix, RowSource};
 use rayon::prelude::*;
 
-use crate::DisjointMut;
 use crate::isa::isa;
+use crate::{DisjointMut, SpinPool};
 
 /// Rows of a micro-tile: each load of an activation is used so many times.
 const ROWS: usize = 4;
@@ -48,7 +48,7 @@ const TOKENS: usize = 256;
 const TILE_BYTES: usize = 1 << 16;
 /// Bytes of the activations that stay in the first-level cache while weights pass.
 const BLOCK_BYTES: usize = 1 << 14;
-/// Up to this many tokens, summing them is not worth waking threads.
+/// Tokens that one task sums.
 const FEW_TOKENS: usize = 16;
 
 /// Activations of some tokens on their grids.
@@ -197,7 +197,7 @@ impl IntegerWeight {
         let tile = self.tile_rows();
         let row_tiles = self.rows.div_ceil(tile);
         let block = (BLOCK_BYTES / self.cols).clamp(2 * PAIR, TOKENS) / PAIR * PAIR;
-        (0..row_tiles * tokens.div_ceil(TOKENS)).into_par_iter().for_each(|task| {
+        SpinPool::global().each(row_tiles * tokens.div_ceil(TOKENS), |task| {
             let (t, first) = (task % row_tiles, task / row_tiles * TOKENS);
             let rows = t * tile..((t + 1) * tile).min(self.rows);
             let last = (first + TOKENS).min(tokens);
@@ -254,17 +254,17 @@ impl IntegerWeight {
     fn centred(&self, x: &QuantizedRows, tokens: usize) -> Vec<i32> {
         let parts = self.parts.len();
         let mut sums = vec![0; tokens * parts];
-        let fill = |(token, sums): (usize, &mut [i32])| {
+        let fill = |token: usize, sums: &mut [i32]| {
             let codes = nth(&x.codes, token, self.cols);
             let zeros = nth(&x.doubled_zeros, token, self.segments.len());
             for (sum, part) in sums.iter_mut().zip(&self.parts) {
                 *sum = part.centred(codes, zeros);
             }
         };
-        match tokens <= FEW_TOKENS {
-            true => sums.chunks_mut(parts).enumerate().for_each(fill),
-            false => sums.par_chunks_mut(parts).enumerate().for_each(fill),
-        }
+        SpinPool::global().chunks(&mut sums, FEW_TOKENS * parts, |at, sums| {
+            let tokens = sums.chunks_exact_mut(parts).enumerate();
+            tokens.for_each(|(token, sums)| fill(at * FEW_TOKENS + token, sums));
+        });
         sums
     }
 

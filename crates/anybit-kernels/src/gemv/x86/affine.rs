@@ -9,12 +9,14 @@ use std::ops::Range;
 
 use super::super::affine::{AffinePlane, COLUMNS, Scales, TILE, Zeros};
 use super::super::operand::{BLOCK, Operand};
-use super::{load, unpack};
+use super::{join, load};
 
 /// Pairs of columns that are packed together.
-const PAIRS: usize = COLUMNS / 2;
+pub(super) const PAIRS: usize = COLUMNS / 2;
 /// Eight columns that follow each other in half a block.
-const STEPS: usize = BLOCK / 2 / COLUMNS;
+pub(super) const STEPS: usize = BLOCK / 2 / COLUMNS;
+/// Lanes of a vector of 256 bits: a tile has two *sides*.
+const LANES: usize = 8;
 
 /// An operand for a plane, and what its integers start from, as [`AffinePlane::starts`] makes it.
 #[derive(Clone, Copy)]
@@ -27,17 +29,23 @@ pub(in super::super) struct Input<'a> {
 impl Input<'_> {
     /// Where a token's codes begin.
     #[inline(always)]
-    fn codes(&self, token: usize) -> *const i16 {
+    pub(super) fn codes(&self, token: usize) -> *const i16 {
         assert!(token < self.x.tokens && self.x.blocks == self.plane.blocks, "no such token");
         self.x.codes[token * self.x.blocks * BLOCK..].as_ptr()
+    }
+
+    /// Where a token's starts begin, one for each part.
+    #[inline(always)]
+    pub(super) fn starts(&self, token: usize) -> *const i32 {
+        self.starts[token * self.plane.parts..][..self.plane.parts].as_ptr()
     }
 }
 
 /// Scales and zero points of a tile's groups, one after the other.
-struct Groups {
-    scales: Pointer,
+pub(super) struct Groups {
+    pub scales: Pointer,
     /// Of stored ones.
-    zeros: *const u8,
+    pub zeros: *const u8,
     /// Parts of the group that are left.
     left: usize,
     parts: usize,
@@ -45,7 +53,7 @@ struct Groups {
 
 /// Scales of a tile's group.
 #[derive(Clone, Copy)]
-enum Pointer {
+pub(super) enum Pointer {
     Half(*const half::f16),
     Single(*const f32),
 }
@@ -53,97 +61,160 @@ enum Pointer {
 impl Groups {
     /// Those of a tile, from the first on.
     #[inline(always)]
-    fn of(plane: &AffinePlane, tile: usize) -> Self {
-        let at = tile * plane.groups * TILE;
+    pub fn of(plane: &AffinePlane, tile: usize) -> Self {
+        let own = tile * plane.groups * TILE..(tile + 1) * plane.groups * TILE;
         let scales = match &plane.scales {
-            Scales::Half(s) => Pointer::Half(s[at..(tile + 1) * plane.groups * TILE].as_ptr()),
-            Scales::Single(s) => Pointer::Single(s[at..(tile + 1) * plane.groups * TILE].as_ptr()),
+            Scales::Half(s) => Pointer::Half(s[own.clone()].as_ptr()),
+            Scales::Single(s) => Pointer::Single(s[own.clone()].as_ptr()),
         };
         let zeros = match &plane.zeros {
             Zeros::Fixed(_) => std::ptr::null(),
-            Zeros::Stored(z) => z[at..(tile + 1) * plane.groups * TILE].as_ptr(),
+            Zeros::Stored(z) => z[own].as_ptr(),
         };
-        let parts = plane.group_parts;
-        Self { scales, zeros, left: parts, parts }
+        Self { scales, zeros, left: plane.group_parts, parts: plane.group_parts }
+    }
+
+    /// Goes on to the next part; behind the last group nothing may be read.
+    #[inline(always)]
+    pub fn advance(&mut self) {
+        self.left -= 1;
+        if self.left == 0 {
+            self.left = self.parts;
+            self.scales = match self.scales {
+                Pointer::Half(at) => Pointer::Half(at.wrapping_add(TILE)),
+                Pointer::Single(at) => Pointer::Single(at.wrapping_add(TILE)),
+            };
+            self.zeros = self.zeros.wrapping_add(TILE);
+        }
+    }
+
+    /// The scales of a side.
+    ///
+    /// # Safety
+    /// The rows must have a group here.
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    unsafe fn scales(&self, side: usize) -> __m256 {
+        // SAFETY: by the caller's contract.
+        unsafe {
+            match self.scales {
+                Pointer::Half(at) => _mm256_cvtph_ps(_mm_loadu_si128(at.add(LANES * side).cast())),
+                Pointer::Single(at) => _mm256_loadu_ps(at.add(LANES * side)),
+            }
+        }
+    }
+
+    /// Stored zero points of a side.
+    ///
+    /// # Safety
+    /// The rows must have a group here, and zero points be stored.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn stored_zeros(&self, side: usize) -> __m256i {
+        // SAFETY: by the caller's contract.
+        _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(self.zeros.add(LANES * side).cast()) })
     }
 
     /// What a part's integers start from.
     ///
     /// # Safety
-    /// The row must have a group here, and `STORED` say whether zero points are stored.
+    /// The rows must have a group here, and `STORED` say whether zero points are stored.
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn start<const STORED: bool>(&self, start: i32) -> __m256i {
+    unsafe fn start<const STORED: bool>(&self, side: usize, start: i32) -> __m256i {
         let start = _mm256_set1_epi32(start);
         if !STORED {
             return start;
         }
         // SAFETY: by the caller's contract.
-        _mm256_mullo_epi32(start, unsafe { self.stored_zeros() })
+        _mm256_mullo_epi32(start, unsafe { self.stored_zeros(side) })
     }
 
-    /// Stored zero points of a part.
+    /// Zero points of a side, of either kind.
     ///
     /// # Safety
-    /// The row must have a group here, and zero points be stored.
+    /// The rows must have a group here.
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn stored_zeros(&self) -> __m256i {
-        // SAFETY: by the caller's contract.
-        _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(self.zeros.cast()) })
-    }
-
-    /// Zero points of a part, of either kind.
-    ///
-    /// # Safety
-    /// The row must have a group here.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    unsafe fn zero(&self, plane: &AffinePlane) -> __m256 {
+    unsafe fn zeros(&self, side: usize, plane: &AffinePlane) -> __m256 {
         match &plane.zeros {
             Zeros::Fixed(doubled) => _mm256_set1_ps(*doubled as f32 * 0.5),
             // SAFETY: by the caller's contract.
-            Zeros::Stored(_) => _mm256_cvtepi32_ps(unsafe { self.stored_zeros() }),
-        }
-    }
-
-    /// The scales of a part, after which the next one comes.
-    ///
-    /// # Safety
-    /// The row must have a group here.
-    #[inline]
-    #[target_feature(enable = "avx2,f16c")]
-    unsafe fn next(&mut self) -> __m256 {
-        // SAFETY: by the caller's contract; behind the last group nothing is read.
-        unsafe {
-            let scales = match self.scales {
-                Pointer::Half(at) => _mm256_cvtph_ps(_mm_loadu_si128(at.cast())),
-                Pointer::Single(at) => _mm256_loadu_ps(at),
-            };
-            self.left -= 1;
-            if self.left == 0 {
-                self.left = self.parts;
-                self.scales = match self.scales {
-                    Pointer::Half(at) => Pointer::Half(at.wrapping_add(TILE)),
-                    Pointer::Single(at) => Pointer::Single(at.wrapping_add(TILE)),
-                };
-                self.zeros = self.zeros.wrapping_add(TILE);
-            }
-            scales
+            Zeros::Stored(_) => _mm256_cvtepi32_ps(unsafe { self.stored_zeros(side) }),
         }
     }
 }
 
-/// Eight columns of eight rows, as pairs of 16-bit numbers: a vector for each two columns.
-///
 /// # Safety
-/// `8·BITS` bytes must be there.
+/// 64 bytes must be there.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn pairs<const BITS: usize>(at: *const u8) -> [__m256i; PAIRS] {
+unsafe fn four(at: *const u8, side: usize) -> [__m256i; 2] {
+    // SAFETY: by the caller's contract.
+    super::four(unsafe { load(at.add(32 * side)) })
+}
+
+/// # Safety
+/// 32 bytes must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn two(at: *const u8, side: usize) -> [__m256i; 2] {
+    // SAFETY: by the caller's contract.
+    let v = unsafe { load(at) };
+    let (mask, shift) = (_mm256_set1_epi8(3), 2 * side as i32);
+    let e0 = _mm256_srlv_epi32(v, _mm256_set1_epi32(shift));
+    let e1 = _mm256_srlv_epi32(v, _mm256_set1_epi32(4 + shift));
+    [_mm256_and_si256(e0, mask), _mm256_and_si256(e1, mask)]
+}
+
+/// # Safety
+/// Sixteen bytes must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn one(at: *const u8, side: usize) -> [__m256i; 2] {
+    // SAFETY: by the caller's contract.
+    let v = unsafe { super::sixteen(at) };
+    let (mask, shift) = (_mm256_set1_epi8(1), 2 * side as i64);
+    let e0 = _mm256_srlv_epi64(v, _mm256_setr_epi64x(shift, shift, shift + 1, shift + 1));
+    let e1 = _mm256_srlv_epi64(v, _mm256_setr_epi64x(shift + 4, shift + 4, shift + 5, shift + 5));
+    [_mm256_and_si256(e0, mask), _mm256_and_si256(e1, mask)]
+}
+
+/// The bytes `E₀` and `E₁` of a side.
+///
+/// # Safety
+/// `16·BITS` bytes must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn unpack<const BITS: usize>(at: *const u8, side: usize) -> [__m256i; 2] {
+    // SAFETY: the slices take `16·BITS` bytes together.
+    unsafe {
+        match BITS {
+            1 => one(at, side),
+            2 => two(at, side),
+            3 => join::<2>(two(at, side), one(at.add(32), side)),
+            4 => four(at, side),
+            5 => join::<4>(four(at, side), one(at.add(64), side)),
+            6 => join::<4>(four(at, side), two(at.add(64), side)),
+            7 => {
+                let upper = join::<2>(two(at.add(64), side), one(at.add(96), side));
+                join::<4>(four(at, side), upper)
+            }
+            _ => [load(at.add(32 * side)), load(at.add(64 + 32 * side))],
+        }
+    }
+}
+
+/// Eight columns of a side, as pairs of 16-bit numbers: a vector for each two columns.
+///
+/// # Safety
+/// `16·BITS` bytes must be there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn pairs<const BITS: usize>(at: *const u8, side: usize) -> [__m256i; PAIRS] {
     if BITS == 4 {
         // SAFETY: as of this function.
-        let v = unsafe { load(at) };
+        let v = unsafe { load(at.add(32 * side)) };
         let mask = _mm256_set1_epi16(15);
         return [
             _mm256_and_si256(v, mask),
@@ -153,7 +224,7 @@ unsafe fn pairs<const BITS: usize>(at: *const u8) -> [__m256i; PAIRS] {
         ];
     }
     // SAFETY: as of this function.
-    let [e0, e1] = unsafe { unpack::<BITS>(at) };
+    let [e0, e1] = unsafe { unpack::<BITS>(at, side) };
     let low = _mm256_set1_epi16(255);
     [
         _mm256_and_si256(e0, low),
@@ -174,116 +245,135 @@ unsafe fn broadcast(at: *const i16) -> __m256i {
     _mm256_set1_epi32(unsafe { at.cast::<i32>().read_unaligned() })
 }
 
-/// The kernels of one instruction set.
-macro_rules! kernels {
-    ($module:ident, $features:literal, |$sum:ident, $w:ident, $a:ident| $add:expr) => {
-        pub(in super::super) mod $module {
-            use super::*;
-
-            #[inline]
-            #[target_feature(enable = $features)]
-            fn multiply_add($sum: __m256i, $w: __m256i, $a: __m256i) -> __m256i {
-                $add
-            }
-
-            /// Adds the products of a tile with `T` tokens to `out`.
-            ///
-            /// # Safety
-            /// The machine must have the instructions of this module.
-            #[target_feature(enable = $features)]
-            pub unsafe fn tile<const T: usize>(
-                input: Input<'_>,
-                tile: usize,
-                tokens: [usize; T],
-                out: &mut [[f32; TILE]; T],
-            ) {
-                // SAFETY: as of this function; the bits are the plane's.
-                unsafe {
-                    with_bits!(input.plane.bits, BITS => match input.plane.zeros {
-                        Zeros::Fixed(_) => of_bits::<BITS, T, false>(input, tile, tokens, out),
-                        Zeros::Stored(_) => of_bits::<BITS, T, true>(input, tile, tokens, out),
-                    })
-                }
-            }
-
-            /// # Safety
-            /// As [`tile`], and the plane must have `BITS` bits, and `STORED` say whether zero points
-            /// are stored.
-            // A function of its own for each: registers are allotted within functions.
-            #[inline(never)]
-            #[target_feature(enable = $features)]
-            unsafe fn of_bits<const BITS: usize, const T: usize, const STORED: bool>(
-                input: Input<'_>,
-                tile: usize,
-                tokens: [usize; T],
-                out: &mut [[f32; TILE]; T],
-            ) {
-                let (plane, x) = (input.plane, input.x);
-                let bytes = plane.tile_bytes();
-                let mut codes = plane.codes[tile * bytes..][..bytes].as_ptr();
-                let (mut a, mut starts) = ([std::ptr::null(); T], [std::ptr::null(); T]);
-                let mut sums = [_mm256_setzero_ps(); T];
-                for t in 0..T {
-                    a[t] = input.codes(tokens[t]);
-                    starts[t] = input.starts[tokens[t] * plane.parts..][..plane.parts].as_ptr();
-                    // SAFETY: eight numbers are there.
-                    sums[t] = unsafe { _mm256_loadu_ps(out[t].as_ptr()) };
-                }
-                let mut groups = Groups::of(plane, tile);
-                for run in 0..x.runs {
-                    let mut scales = [_mm256_setzero_ps(); T];
-                    for t in 0..T {
-                        scales[t] = _mm256_set1_ps(x.scales[tokens[t] * x.runs + run]);
-                    }
-                    for part in plane.parts_of_run(run) {
-                        // Two sums of one token, so that none waits for the one before.
-                        let mut totals = [[_mm256_setzero_si256(); 2]; T];
-                        for t in 0..T {
-                            // SAFETY: rows and tokens have this part.
-                            let start = unsafe { groups.start::<STORED>(*starts[t].add(part)) };
-                            totals[t][0] = start;
-                        }
-                        for _ in plane.halves(part) {
-                            for step in 0..STEPS {
-                                // SAFETY: tile and tokens have these columns.
-                                unsafe {
-                                    let w = pairs::<BITS>(codes.add(step * 8 * BITS));
-                                    for t in 0..T {
-                                        for p in 0..PAIRS {
-                                            let a = broadcast(a[t].add(step * COLUMNS + 2 * p));
-                                            let own = &mut totals[t][if T == 1 { p % 2 } else { 0 }];
-                                            *own = multiply_add(*own, w[p], a);
-                                        }
-                                    }
-                                }
-                            }
-                            codes = codes.wrapping_add(STEPS * 8 * BITS);
-                            for t in 0..T {
-                                a[t] = a[t].wrapping_add(BLOCK / 2);
-                            }
-                        }
-                        // SAFETY: as above.
-                        let scale = unsafe { groups.next() };
-                        for t in 0..T {
-                            let [mut total, other] = totals[t];
-                            if T == 1 {
-                                total = _mm256_add_epi32(total, other);
-                            }
-                            let scale = _mm256_mul_ps(scales[t], scale);
-                            sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, sums[t]);
-                        }
-                    }
-                }
-                for t in 0..T {
-                    // SAFETY: room for eight numbers.
-                    unsafe { _mm256_storeu_ps(out[t].as_mut_ptr(), sums[t]) };
-                }
-            }
-        }
-    };
+/// Adds the products of a tile with `T` tokens to `out`.
+///
+/// # Safety
+/// The machine must have AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) unsafe fn tile<const T: usize>(
+    input: Input<'_>,
+    tile: usize,
+    tokens: [usize; T],
+    out: &mut [[f32; TILE]; T],
+) {
+    // SAFETY: as of this function; the bits are the plane's.
+    unsafe {
+        with_bits!(input.plane.bits, BITS => match input.plane.zeros {
+            Zeros::Fixed(_) => of_bits::<BITS, T, false>(input, tile, tokens, out),
+            Zeros::Stored(_) => of_bits::<BITS, T, true>(input, tile, tokens, out),
+        })
+    }
 }
 
-instruction_sets!(kernels);
+/// Both sides at once for one token, one after the other for more: there are sixteen registers.
+///
+/// # Safety
+/// As [`tile`], and the plane must have `BITS` bits, and `STORED` say whether zero points are stored.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn of_bits<const BITS: usize, const T: usize, const STORED: bool>(
+    input: Input<'_>,
+    tile: usize,
+    tokens: [usize; T],
+    out: &mut [[f32; TILE]; T],
+) {
+    // SAFETY: as of this function.
+    unsafe {
+        if T == 1 {
+            sides::<BITS, T, 2, STORED>(input, tile, 0, tokens, out);
+        } else {
+            sides::<BITS, T, 1, STORED>(input, tile, 0, tokens, out);
+            sides::<BITS, T, 1, STORED>(input, tile, 1, tokens, out);
+        }
+    }
+}
+
+/// `S` sides of a tile, from `first` on.
+///
+/// # Safety
+/// As [`of_bits`]; there are two sides.
+// A function of its own for each: registers are allotted within functions.
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn sides<const BITS: usize, const T: usize, const S: usize, const STORED: bool>(
+    input: Input<'_>,
+    tile: usize,
+    first: usize,
+    tokens: [usize; T],
+    out: &mut [[f32; TILE]; T],
+) {
+    let (plane, x) = (input.plane, input.x);
+    let bytes = plane.tile_bytes();
+    let mut codes = plane.codes[tile * bytes..][..bytes].as_ptr();
+    let (mut a, mut starts) = ([std::ptr::null(); T], [std::ptr::null(); T]);
+    let mut sums = [[_mm256_setzero_ps(); S]; T];
+    for t in 0..T {
+        (a[t], starts[t]) = (input.codes(tokens[t]), input.starts(tokens[t]));
+        for s in 0..S {
+            // SAFETY: a side has eight sums.
+            sums[t][s] = unsafe { _mm256_loadu_ps(out[t].as_ptr().add(LANES * (first + s))) };
+        }
+    }
+    let mut groups = Groups::of(plane, tile);
+    for run in 0..x.runs {
+        let mut products = [[_mm256_setzero_ps(); S]; T];
+        for part in plane.parts_of_run(run) {
+            let mut totals = [[_mm256_setzero_si256(); S]; T];
+            for t in 0..T {
+                for s in 0..S {
+                    // SAFETY: rows and tokens have this part.
+                    totals[t][s] =
+                        unsafe { groups.start::<STORED>(first + s, *starts[t].add(part)) };
+                }
+            }
+            for _ in plane.halves(part) {
+                for step in 0..STEPS {
+                    let mut w = [[_mm256_setzero_si256(); PAIRS]; S];
+                    for s in 0..S {
+                        // SAFETY: the tile has these columns.
+                        w[s] = unsafe { pairs::<BITS>(codes.add(step * 16 * BITS), first + s) };
+                    }
+                    for t in 0..T {
+                        for p in 0..PAIRS {
+                            // SAFETY: tokens have these columns.
+                            let a = unsafe { broadcast(a[t].add(step * COLUMNS + 2 * p)) };
+                            for s in 0..S {
+                                let products = _mm256_madd_epi16(w[s][p], a);
+                                totals[t][s] = _mm256_add_epi32(totals[t][s], products);
+                            }
+                        }
+                    }
+                }
+                codes = codes.wrapping_add(STEPS * 16 * BITS);
+                for t in 0..T {
+                    a[t] = a[t].wrapping_add(BLOCK / 2);
+                }
+            }
+            for s in 0..S {
+                // SAFETY: as above.
+                let scales = unsafe { groups.scales(first + s) };
+                for t in 0..T {
+                    let total = _mm256_cvtepi32_ps(totals[t][s]);
+                    products[t][s] = _mm256_fmadd_ps(total, scales, products[t][s]);
+                }
+            }
+            groups.advance();
+        }
+        for t in 0..T {
+            let scale = _mm256_set1_ps(x.scales[tokens[t] * x.runs + run]);
+            for s in 0..S {
+                sums[t][s] = _mm256_fmadd_ps(products[t][s], scale, sums[t][s]);
+            }
+        }
+    }
+    for t in 0..T {
+        for s in 0..S {
+            // SAFETY: room for the eight sums of a side.
+            unsafe {
+                _mm256_storeu_ps(out[t].as_mut_ptr().add(LANES * (first + s)), sums[t][s]);
+            }
+        }
+    }
+}
 
 /// Writes the values of a tile's rows `lanes` to `out`, row by row at a distance of `stride`.
 ///
@@ -297,16 +387,30 @@ pub(in super::super) unsafe fn decode(
     out: &mut [f32],
     stride: usize,
 ) {
-    // SAFETY: as of this function; the bits are the plane's.
-    unsafe { with_bits!(plane.bits, BITS => decode_bits::<BITS>(plane, tile, lanes, out, stride)) }
+    for side in 0..2 {
+        let all = LANES * side..LANES * (side + 1);
+        let own = lanes.start.max(all.start)..lanes.end.min(all.end);
+        if own.is_empty() {
+            continue;
+        }
+        let out = &mut out[(own.start - lanes.start) * stride..];
+        let own = own.start - all.start..own.end - all.start;
+        // SAFETY: as of this function; the bits are the plane's.
+        unsafe {
+            with_bits!(plane.bits, BITS => {
+                decode_side::<BITS>(plane, tile, side, own, out, stride)
+            });
+        }
+    }
 }
 
 /// # Safety
 /// As [`decode`], and the plane must have `BITS` bits.
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn decode_bits<const BITS: usize>(
+unsafe fn decode_side<const BITS: usize>(
     plane: &AffinePlane,
     tile: usize,
+    side: usize,
     lanes: Range<usize>,
     out: &mut [f32],
     stride: usize,
@@ -316,11 +420,12 @@ unsafe fn decode_bits<const BITS: usize>(
     let mut groups = Groups::of(plane, tile);
     for part in 0..plane.parts {
         // SAFETY: rows have this part.
-        let (zero, scale) = unsafe { (groups.zero(plane), groups.next()) };
+        let (zero, scale) = unsafe { (groups.zeros(side, plane), groups.scales(side)) };
+        groups.advance();
         let halves = plane.halves(part);
         for step in STEPS * halves.start..(STEPS * halves.end).min(plane.cols.div_ceil(COLUMNS)) {
             // SAFETY: the tile has these columns.
-            let w = unsafe { pairs::<BITS>(codes.as_ptr().add(step * 8 * BITS)) };
+            let w = unsafe { pairs::<BITS>(codes.as_ptr().add(step * 16 * BITS), side) };
             let mut columns = [_mm256_setzero_ps(); COLUMNS];
             for p in 0..PAIRS {
                 let even = _mm256_and_si256(w[p], _mm256_set1_epi32(0xffff));
@@ -330,7 +435,7 @@ unsafe fn decode_bits<const BITS: usize>(
                     columns[2 * p + at] = _mm256_mul_ps(value, scale);
                 }
             }
-            let mut values = [[0f32; COLUMNS]; TILE];
+            let mut values = [[0f32; COLUMNS]; LANES];
             for (row, values) in transpose(columns).into_iter().zip(&mut values) {
                 // SAFETY: room for eight numbers.
                 unsafe { _mm256_storeu_ps(values.as_mut_ptr(), row) };

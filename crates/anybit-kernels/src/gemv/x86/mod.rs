@@ -1,5 +1,4 @@
-//! Vector kernels: AVX2, and AVX-512 VNNI on 256-bit vectors, which adds the products of pairs to the
-//! sums in the same instruction.
+//! Vector kernels: AVX2, and AVX-512 with VNNI.
 
 /// Runs `$call` with the constant `$BITS` of so many bits, 1 to 8.
 macro_rules! with_bits {
@@ -20,25 +19,32 @@ macro_rules! with_bits {
     };
 }
 
-/// Writes the kernels of each instruction set, as `$kernels` says: a module's name, its
-/// instructions, and a sum with the products of pairs added.
-macro_rules! instruction_sets {
-    ($kernels:ident) => {
-        $kernels!(avx2, "avx2,fma,f16c", |sum, w, a| {
-            _mm256_add_epi32(sum, _mm256_madd_epi16(w, a))
-        });
-        $kernels!(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", |sum, w, a| {
-            _mm256_dpwssd_epi32(sum, w, a)
-        });
-    };
-}
-
 pub(super) mod affine;
+pub(super) mod affine512;
 pub(super) mod table;
+pub(super) mod table512;
 
 use std::arch::x86_64::*;
 
-use super::slices::CODES;
+/// `sum` with the products of pairs added. In assembly, since the compiler takes the instruction
+/// apart, into products and a sum, where it finds several in a row that wait for each other: here
+/// other sums fill the time.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn multiply_add(sum: __m512i, w: __m512i, a: __m512i) -> __m512i {
+    let mut total = sum;
+    // SAFETY: registers only; the instruction is one of this function's.
+    unsafe {
+        std::arch::asm!(
+            "vpdpwssd {total}, {w}, {a}",
+            total = inout(zmm_reg) total,
+            w = in(zmm_reg) w,
+            a = in(zmm_reg) a,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    total
+}
 
 /// # Safety
 /// 32 bytes must be there.
@@ -138,7 +144,7 @@ fn one(v: __m256i) -> [__m256i; 2] {
 /// # Safety
 /// The machine must have AVX2.
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn unpack_codes(bytes: &[u8], bits: usize, codes: &mut [u8; CODES]) {
+pub(super) unsafe fn unpack_codes(bytes: &[u8], bits: usize, codes: &mut [u8; 64]) {
     assert!(bytes.len() >= 8 * bits, "codes are cut");
     let at = bytes.as_ptr();
     // SAFETY: all bytes are there.

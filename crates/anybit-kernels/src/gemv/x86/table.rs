@@ -22,16 +22,16 @@ pub(in super::super) struct Call<'a, const T: usize> {
 
 /// Where a token's numbers lie.
 #[derive(Clone, Copy)]
-struct Line {
-    codes: *const i16,
+pub(super) struct Line {
+    pub codes: *const i16,
     /// Of each run.
-    scales: *const f32,
+    pub scales: *const f32,
 }
 
 impl<const T: usize> Call<'_, T> {
     /// The tokens' numbers.
     #[inline(always)]
-    fn lines(&self) -> [Line; T] {
+    pub(super) fn lines(&self) -> [Line; T] {
         let x = self.x;
         assert!(x.blocks == self.plane.blocks && self.rows.len() <= TILE);
         self.tokens.map(|token| {
@@ -72,140 +72,127 @@ impl<const T: usize> State<T> {
 }
 
 /// Scales are per row, per some blocks, per some halves of blocks.
-const PER_ROW: usize = 0;
-const PER_BLOCK: usize = 1;
-const PER_HALF: usize = 2;
+pub(super) const PER_ROW: usize = 0;
+pub(super) const PER_BLOCK: usize = 1;
+pub(super) const PER_HALF: usize = 2;
 
-/// The kernels of one instruction set.
-macro_rules! kernels {
-    ($module:ident, $features:literal, |$sum:ident, $w:ident, $a:ident| $add:expr) => {
-        pub(in super::super) mod $module {
-            use super::*;
+/// Adds the products of rows with `T` tokens to `out`.
+///
+/// # Safety
+/// The machine must have AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) unsafe fn rows<const T: usize>(
+    call: &Call<'_, T>,
+    spread: &mut Spread,
+    out: &mut [[f32; TILE]; T],
+) {
+    // SAFETY: as of this function; the bits are the plane's.
+    unsafe { with_bits!(call.plane.bits, BITS => of_bits::<BITS, T>(call, spread, out)) }
+}
 
-            /// Adds the products of rows with `T` tokens to `out`.
-            ///
-            /// # Safety
-            /// The machine must have the instructions of this module.
-            #[target_feature(enable = $features)]
-            pub unsafe fn rows<const T: usize>(
-                call: &Call<'_, T>,
-                spread: &mut Spread,
-                out: &mut [[f32; TILE]; T],
-            ) {
-                // SAFETY: as of this function; the bits are the plane's.
-                unsafe { with_bits!(call.plane.bits, BITS => of_bits::<BITS, T>(call, spread, out)) }
+/// # Safety
+/// As [`rows`], and the plane must have `BITS` bits.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn of_bits<const BITS: usize, const T: usize>(
+    call: &Call<'_, T>,
+    spread: &mut Spread,
+    out: &mut [[f32; TILE]; T],
+) {
+    // SAFETY: as of this function.
+    unsafe {
+        match call.plane.grouping {
+            Grouping::Row => products::<BITS, T, PER_ROW>(call, spread, out),
+            Grouping::Blocks(_) => products::<BITS, T, PER_BLOCK>(call, spread, out),
+            Grouping::Halves(_) => products::<BITS, T, PER_HALF>(call, spread, out),
+        }
+    }
+}
+
+/// # Safety
+/// As [`of_bits`], and `GROUP` must be the plane's.
+// A function of its own for each: registers are allotted within functions.
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn products<const BITS: usize, const T: usize, const GROUP: usize>(
+    call: &Call<'_, T>,
+    spread: &mut Spread,
+    out: &mut [[f32; TILE]; T],
+) {
+    let (plane, x) = (call.plane, call.x);
+    let lines = call.lines();
+    for (index, row) in call.rows.clone().enumerate() {
+        let codes = &plane.codes[row * plane.row_bytes()..][..plane.row_bytes()];
+        let mut tables: Tables = [[_mm256_setzero_si256(); 2]; 16];
+        load_tables::<BITS>(plane, row, &mut tables);
+        if GROUP != PER_ROW {
+            spread.fill(plane, row, if GROUP == PER_BLOCK { 1 } else { 2 } * plane.blocks);
+        }
+        let mut state = State::new();
+        for run in 0..x.runs {
+            for t in 0..T {
+                // SAFETY: each token has this run.
+                state.scales[t] = unsafe { *lines[t].scales.add(run) };
             }
-
-            /// # Safety
-            /// As [`rows`], and the plane must have `BITS` bits.
-            #[target_feature(enable = $features)]
-            unsafe fn of_bits<const BITS: usize, const T: usize>(
-                call: &Call<'_, T>,
-                spread: &mut Spread,
-                out: &mut [[f32; TILE]; T],
-            ) {
-                // SAFETY: as of this function.
+            for block in run * RUN..plane.blocks.min((run + 1) * RUN) {
+                // SAFETY: the row and each token have these blocks.
                 unsafe {
-                    match call.plane.grouping {
-                        Grouping::Row => products::<BITS, T, PER_ROW>(call, spread, out),
-                        Grouping::Blocks(_) => products::<BITS, T, PER_BLOCK>(call, spread, out),
-                        Grouping::Halves(_) => products::<BITS, T, PER_HALF>(call, spread, out),
-                    }
+                    let at = codes.as_ptr().add(block * 8 * BITS);
+                    add_block::<BITS, T, GROUP>(at, block, &tables, &lines, spread, &mut state);
                 }
             }
-
-            /// # Safety
-            /// As [`of_bits`], and `GROUP` must be the plane's.
-            // A function of its own for each: registers are allotted within functions.
-            #[inline(never)]
-            #[target_feature(enable = $features)]
-            unsafe fn products<const BITS: usize, const T: usize, const GROUP: usize>(
-                call: &Call<'_, T>,
-                spread: &mut Spread,
-                out: &mut [[f32; TILE]; T],
-            ) {
-                let (plane, x) = (call.plane, call.x);
-                let lines = call.lines();
-                for (index, row) in call.rows.clone().enumerate() {
-                    let codes = &plane.codes[row * plane.row_bytes()..][..plane.row_bytes()];
-                    let mut tables: Tables = [[_mm256_setzero_si256(); 2]; 16];
-                    load_tables::<BITS>(plane, row, &mut tables);
-                    if GROUP != PER_ROW {
-                        spread.fill(plane, row, if GROUP == PER_BLOCK { 1 } else { 2 } * plane.blocks);
-                    }
-                    let mut state = State::new();
-                    for run in 0..x.runs {
-                        for t in 0..T {
-                            // SAFETY: each token has this run.
-                            state.scales[t] = unsafe { *lines[t].scales.add(run) };
-                        }
-                        for block in run * RUN..plane.blocks.min((run + 1) * RUN) {
-                            // SAFETY: the row and each token have these blocks.
-                            unsafe {
-                                let at = codes.as_ptr().add(block * 8 * BITS);
-                                add_block::<BITS, T, GROUP>(
-                                    at, block, &tables, &lines, spread, &mut state,
-                                );
-                            }
-                        }
-                        if GROUP == PER_ROW {
-                            for t in 0..T {
-                                state.scale(t, 1.0);
-                            }
-                        }
-                    }
-                    let scale = if GROUP == PER_ROW { plane.scale(row, 0) } else { 1.0 };
-                    let factor = plane.unit(row) * scale;
-                    for t in 0..T {
-                        out[t][index] += add_lanes(state.sums[t]) * factor;
-                    }
-                }
-            }
-
-            /// Adds the products of a block.
-            ///
-            /// # Safety
-            /// As [`products`]; the block must lie in the row at `codes` and in the tokens.
-            #[inline]
-            #[target_feature(enable = $features)]
-            unsafe fn add_block<const BITS: usize, const T: usize, const GROUP: usize>(
-                codes: *const u8,
-                block: usize,
-                tables: &Tables,
-                lines: &[Line; T],
-                spread: &Spread,
-                state: &mut State<T>,
-            ) {
-                // SAFETY: a block has `8·BITS` bytes.
-                let codes = unsafe { unpack::<BITS>(codes) };
-                for half in 0..2 {
-                    let w = lookup::<BITS>(tables, codes[half]);
-                    for t in 0..T {
-                        for i in 0..2 {
-                            let at = block * BLOCK + half * 32 + 16 * i;
-                            // SAFETY: a token has 64 codes of each block.
-                            let $a = unsafe { load(lines[t].codes.add(at)) };
-                            let ($w, $sum) = (w[i], state.total[t]);
-                            state.total[t] = $add;
-                        }
-                        match GROUP {
-                            PER_HALF => state.scale(t, spread.scales[2 * block + half]),
-                            PER_BLOCK if half == 1 => state.scale(t, spread.scales[block]),
-                            _ => {}
-                        }
-                    }
+            if GROUP == PER_ROW {
+                for t in 0..T {
+                    state.scale(t, 1.0);
                 }
             }
         }
-    };
+        let scale = if GROUP == PER_ROW { plane.scale(row, 0) } else { 1.0 };
+        let factor = plane.unit(row) * scale;
+        for t in 0..T {
+            out[t][index] += add_lanes(state.sums[t]) * factor;
+        }
+    }
 }
 
-instruction_sets!(kernels);
+/// Adds the products of a block.
+///
+/// # Safety
+/// As [`products`]; the block must lie in the row at `codes` and in the tokens.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn add_block<const BITS: usize, const T: usize, const GROUP: usize>(
+    codes: *const u8,
+    block: usize,
+    tables: &Tables,
+    lines: &[Line; T],
+    spread: &Spread,
+    state: &mut State<T>,
+) {
+    // SAFETY: a block has `8·BITS` bytes.
+    let codes = unsafe { unpack::<BITS>(codes) };
+    for half in 0..2 {
+        let w = lookup::<BITS>(tables, codes[half]);
+        for t in 0..T {
+            for i in 0..2 {
+                let at = block * BLOCK + half * 32 + 16 * i;
+                // SAFETY: a token has 64 codes of each block.
+                let a = unsafe { load(lines[t].codes.add(at)) };
+                let products = _mm256_madd_epi16(w[i], a);
+                state.total[t] = _mm256_add_epi32(state.total[t], products);
+            }
+            match GROUP {
+                PER_HALF => state.scale(t, spread.scales[2 * block + half]),
+                PER_BLOCK if half == 1 => state.scale(t, spread.scales[block]),
+                _ => {}
+            }
+        }
+    }
+}
 
 /// Scales of a row's groups, spread over its blocks or halves of blocks; written before they are
 /// read, as far as a row needs.
 pub(in super::super) struct Spread {
-    scales: [f32; MOST_PARTS],
+    pub(super) scales: [f32; MOST_PARTS],
     groups: [f32; MOST_PARTS],
 }
 
@@ -216,7 +203,7 @@ impl Spread {
 
     #[inline(never)]
     #[target_feature(enable = "avx2,f16c")]
-    fn fill(&mut self, plane: &TablePlane, row: usize, parts: usize) {
+    pub(super) fn fill(&mut self, plane: &TablePlane, row: usize, parts: usize) {
         let count = plane.groups;
         let (Grouping::Blocks(len) | Grouping::Halves(len)) = plane.grouping else { return };
         let groups = if len == 1 { &mut self.scales } else { &mut self.groups };
