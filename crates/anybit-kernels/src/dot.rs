@@ -32,18 +32,66 @@ pub fn dot_half(x: &[f32], row: HalfRow<'_>) -> f32 {
     }
 }
 
+/// Dot products of the rows of `x` with one row, which is read once for several of them: the bits that
+/// each would get alone.
+///
+/// # Panics
+/// When `x` has other columns, or `out` other rows.
+pub fn dots(x: &[f32], row: &[f32], out: &mut [f32]) {
+    dots_of::<Single>(x, row, out);
+}
+
+/// [`dots`] with a row of sixteen-bit numbers.
+///
+/// # Panics
+/// As [`dots`].
+pub fn dots_half(x: &[f32], row: HalfRow<'_>, out: &mut [f32]) {
+    match row {
+        HalfRow::F16(row) => dots_of::<F16>(x, row, out),
+        HalfRow::Bf16(row) => dots_of::<Bf16>(x, row, out),
+    }
+}
+
+fn dots_of<F: Format>(x: &[f32], row: &[F::Stored], out: &mut [f32]) {
+    assert_eq!(x.len(), row.len() * out.len(), "factors have different lengths");
+    if row.is_empty() {
+        return out.fill(0.0);
+    }
+    let (four, rest) = out.as_chunks_mut::<4>();
+    let (x_four, x_rest) = x.split_at(4 * four.len() * row.len());
+    for (x, out) in x_four.chunks_exact(4 * row.len()).zip(four) {
+        *out = products::<F, 4>(std::array::from_fn(|t| &x[t * row.len()..][..row.len()]), row);
+    }
+    for (x, out) in x_rest.chunks_exact(row.len()).zip(rest) {
+        *out = dot_of::<F>(x, row);
+    }
+}
+
 #[inline]
 fn dot_of<F: Format>(x: &[f32], row: &[F::Stored]) -> f32 {
     assert_eq!(x.len(), row.len(), "factors have different lengths");
-    let (x_lanes, x_tail) = x.as_chunks::<LANES>();
+    products::<F, 1>([x], row)[0]
+}
+
+/// Dot products of rows with one, all of the same length.
+#[inline]
+fn products<F: Format, const T: usize>(x: [&[f32]; T], row: &[F::Stored]) -> [f32; T] {
     let (row_lanes, row_tail) = row.as_chunks::<LANES>();
+    let x = x.map(|x| x.as_chunks::<LANES>());
+    let x_lanes = x.map(|x| x.0);
     let sums = match isa() {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: chosen because the machine has these instructions.
-        Isa::Avx2 | Isa::Avx512 => unsafe { lanes_avx2::<F>(x_lanes, row_lanes) },
-        _ => lanes::<F>(x_lanes, row_lanes),
+        // SAFETY: chosen because the machine has these instructions; lengths are equal.
+        Isa::Avx512 => unsafe { lanes_avx512::<F, T>(x_lanes, row_lanes) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => x_lanes.map(|x| unsafe { lanes_avx2::<F>(x, row_lanes) }),
+        _ => x_lanes.map(|x| lanes::<F>(x, row_lanes)),
     };
-    total(sums) + x_tail.iter().zip(row_tail).map(|(x, w)| x * F::value(*w)).sum::<f32>()
+    std::array::from_fn(|t| {
+        let tail = x[t].1.iter().zip(row_tail).map(|(x, w)| x * F::value(*w));
+        total(sums[t]) + tail.sum::<f32>()
+    })
 }
 
 /// Sum of the lanes, by halves.
@@ -95,6 +143,38 @@ unsafe fn lanes_avx2<F: Format>(x: &[[f32; LANES]], row: &[[F::Stored; LANES]]) 
     out
 }
 
+/// [`lanes`] of several rows with AVX-512.
+///
+/// # Safety
+/// The machine must have AVX-512 F and BW; rows must have the same length.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn lanes_avx512<F: Format, const T: usize>(
+    x: [&[[f32; LANES]]; T],
+    row: &[[F::Stored; LANES]],
+) -> [[f32; LANES]; T] {
+    let mut sums = [[_mm512_setzero_ps(); LANES / 16]; T];
+    for (at, row) in row.iter().enumerate() {
+        for i in 0..LANES / 16 {
+            // SAFETY: sixteen numbers from each multiple of sixteen on are in the chunks.
+            let w = unsafe { F::sixteen(row.as_ptr().add(16 * i)) };
+            for (x, sums) in x.iter().zip(&mut sums) {
+                // SAFETY: as above.
+                let x = unsafe { _mm512_loadu_ps(x.get_unchecked(at).as_ptr().add(16 * i)) };
+                sums[i] = _mm512_fmadd_ps(x, w, sums[i]);
+            }
+        }
+    }
+    let mut out = [[0f32; LANES]; T];
+    for (out, sums) in out.iter_mut().zip(sums) {
+        for (i, sum) in sums.into_iter().enumerate() {
+            // SAFETY: room for sixteen numbers.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(16 * i), sum) };
+        }
+    }
+    out
+}
+
 /// What numbers are stored in.
 trait Format {
     /// One as stored.
@@ -109,6 +189,13 @@ trait Format {
     /// Eight must be there, and the machine have AVX2 and F16C.
     #[cfg(target_arch = "x86_64")]
     unsafe fn eight(at: *const Self::Stored) -> __m256;
+
+    /// Sixteen as f32.
+    ///
+    /// # Safety
+    /// Sixteen must be there, and the machine have AVX-512 F and BW.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn sixteen(at: *const Self::Stored) -> __m512;
 }
 
 struct Single;
@@ -129,6 +216,14 @@ impl Format for Single {
         // SAFETY: by the caller's contract.
         unsafe { _mm256_loadu_ps(at) }
     }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn sixteen(at: *const f32) -> __m512 {
+        // SAFETY: by the caller's contract.
+        unsafe { _mm512_loadu_ps(at) }
+    }
 }
 
 impl Format for F16 {
@@ -144,6 +239,14 @@ impl Format for F16 {
     unsafe fn eight(at: *const [u8; 2]) -> __m256 {
         // SAFETY: by the caller's contract.
         _mm256_cvtph_ps(unsafe { _mm_loadu_si128(at.cast()) })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn sixteen(at: *const [u8; 2]) -> __m512 {
+        // SAFETY: by the caller's contract.
+        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(at.cast()) })
     }
 }
 
@@ -161,6 +264,15 @@ impl Format for Bf16 {
         // SAFETY: by the caller's contract.
         let wide = _mm256_cvtepu16_epi32(unsafe { _mm_loadu_si128(at.cast()) });
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn sixteen(at: *const [u8; 2]) -> __m512 {
+        // SAFETY: by the caller's contract.
+        let wide = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(at.cast()) });
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
     }
 }
 
@@ -193,6 +305,32 @@ mod tests {
                 assert_eq!(f16, lanes::<F16>(a, row), "{len}");
                 // Bytes of f16 read as bf16 are other numbers, not broken ones.
                 assert_eq!(bf16, lanes::<Bf16>(a, row), "{len}");
+            }
+            if Isa::Avx512.detected() {
+                let five: Vec<f32> = (0..5 * len).map(|_| rng.normal() as f32).collect();
+                let halves: Vec<[u8; 2]> =
+                    b.iter().map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+                let mut all = [0.0; 5];
+                dots(&five, &b, &mut all);
+                let alone =
+                    |row: &[f32]| five.chunks(len.max(1)).map(|x| dot(x, row)).collect::<Vec<_>>();
+                assert_eq!(all[..5 * len.min(1)], alone(&b), "{len}");
+                for row in [HalfRow::F16(&halves), HalfRow::Bf16(&halves)] {
+                    dots_half(&five, row, &mut all);
+                    let alone = five.chunks(len.max(1)).map(|x| dot_half(x, row));
+                    assert_eq!(all[..5 * len.min(1)], alone.collect::<Vec<_>>(), "{len}");
+                }
+                let lanes_of = |x| lanes::<Single>(x, b.as_chunks().0);
+                let x = [a.as_chunks().0, b.as_chunks().0];
+                // SAFETY: just asked for.
+                let wide = unsafe { lanes_avx512::<Single, 2>(x, b.as_chunks().0) };
+                assert_eq!(wide, x.map(lanes_of), "{len}");
+                let row = halves.as_chunks().0;
+                // SAFETY: as above.
+                let wide = unsafe {
+                    [lanes_avx512::<F16, 1>([x[0]], row), lanes_avx512::<Bf16, 1>([x[0]], row)]
+                };
+                assert_eq!(wide, [[lanes::<F16>(x[0], row)], [lanes::<Bf16>(x[0], row)]], "{len}");
             }
             let want: f64 = a.iter().zip(&b).map(|(a, b)| *a as f64 * *b as f64).sum();
             approx::assert_abs_diff_eq!(dot(&a, &b) as f64, want, epsilon = 1e-4);

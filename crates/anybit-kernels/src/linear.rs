@@ -2,17 +2,23 @@
 //!
 //! A tile of rows of `W` is decoded to f32 into a thread's scratch and multiplied at once, so no
 //! f32 copy of `W` ever exists and what is computed is exactly what the decoded weights say. With
-//! many tokens the tile goes through GEMM, with few through dot products ([`crate::dot`]); a row of
-//! sixteen-bit numbers is multiplied with one token where it lies.
+//! many tokens the tile goes through GEMM, with few through dot products ([`crate::dot`]), rows of
+//! sixteen-bit numbers where they lie.
 
 use anybit_core::RowSource;
 use anybit_core::linalg::{View, matmul_into};
 
-use crate::dot::{dot, dot_half};
+use crate::dot::{dots, dots_half};
+use crate::isa::{Isa, isa};
 use crate::{DisjointMut, SpinPool, with_scratch};
 
-/// Up to this many tokens, dot products beat packing for GEMM.
-const FEW_TOKENS: usize = 4;
+/// Up to so many tokens, dot products beat packing for GEMM.
+fn few_tokens() -> usize {
+    match isa() {
+        Isa::Avx512 => 24,
+        _ => 4,
+    }
+}
 /// Tokens of a task: with [`TILE_ELEMENTS`] small enough that a 192-row linear still has work for
 /// several threads, large enough to amortize decoding a tile.
 const TOKENS: usize = 256;
@@ -31,7 +37,7 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
     if y.is_empty() {
         return;
     }
-    if tokens <= FEW_TOKENS {
+    if tokens <= few_tokens() {
         return few(x, weight, (out, inp), bias, y);
     }
     let tile = tile_rows(out, inp);
@@ -74,19 +80,20 @@ fn few(
     let pool = SpinPool::global();
     let work = |worker: usize| {
         let share = |worker: usize| out * worker / pool.threads();
-        with_scratch(inp, |w| {
+        with_scratch(inp + x.len() / inp, |scratch| {
+            let (w, products) = scratch.split_at_mut(inp);
             for row in share(worker)..share(worker + 1) {
-                if let (true, Some(half)) = (x.len() == inp, weight.half_row(row)) {
-                    let product = dot_half(x, half) + bias.map_or(0.0, |b| b[row]);
-                    // SAFETY: this row belongs to this worker alone.
-                    unsafe { *dst.at(row) = product };
-                    continue;
+                match weight.half_row(row) {
+                    Some(half) => dots_half(x, half, products),
+                    None => {
+                        weight.read_rows(row..row + 1, w);
+                        dots(x, w, products);
+                    }
                 }
-                weight.read_rows(row..row + 1, w);
-                for (token, x) in x.chunks_exact(inp).enumerate() {
-                    let product = dot(x, w) + bias.map_or(0.0, |b| b[row]);
+                let bias = bias.map_or(0.0, |b| b[row]);
+                for (token, product) in products.iter().enumerate() {
                     // SAFETY: this row of every token belongs to this worker alone.
-                    unsafe { *dst.at(token * out + row) = product };
+                    unsafe { *dst.at(token * out + row) = product + bias };
                 }
             }
         });

@@ -580,10 +580,11 @@ impl Worker<'_> {
         if weight.logical.is_none() && weight.sparse.is_none() {
             return copy(part, slots, token, sums);
         }
-        for (t, sums) in sums.iter().enumerate() {
-            for (sum, slot) in sums.iter().zip(slots.clone()) {
-                let row = weight.logical.as_ref().map_or(slot, |l| l[slot] as usize);
-                let mut sum = *sum + part.bias.map_or(0.0, |b| b[row]);
+        for (at, slot) in slots.enumerate() {
+            let row = weight.logical.as_ref().map_or(slot, |l| l[slot] as usize);
+            let bias = part.bias.map_or(0.0, |b| b[row]);
+            for (t, sums) in sums.iter().enumerate() {
+                let mut sum = sums[at] + bias;
                 if let Some(sparse) = &weight.sparse {
                     sum += sparse_product(sparse, row, token + t, self.input, weight.cols);
                 }

@@ -48,8 +48,6 @@ unsafe fn of_bits<const BITS: usize, const T: usize>(
 struct State<const T: usize> {
     /// Integers that await their scale.
     total: [__m512i; T],
-    /// Scales of the run.
-    scales: [f32; T],
     sums: [__m512; T],
 }
 
@@ -58,14 +56,14 @@ impl<const T: usize> State<T> {
     #[target_feature(enable = "avx512f")]
     fn new() -> Self {
         let (total, sums) = ([_mm512_setzero_si512(); T], [_mm512_setzero_ps(); T]);
-        Self { total, scales: [0.0; T], sums }
+        Self { total, sums }
     }
 
     /// Ends a part with its scale.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn scale(&mut self, t: usize, scale: f32) {
-        let (sum, scale) = (_mm512_cvtepi32_ps(self.total[t]), self.scales[t] * scale);
+        let sum = _mm512_cvtepi32_ps(self.total[t]);
         self.sums[t] = _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), self.sums[t]);
         self.total[t] = _mm512_setzero_si512();
     }
@@ -92,10 +90,6 @@ unsafe fn products<const BITS: usize, const T: usize, const GROUP: usize>(
         }
         let mut state = State::new();
         for run in 0..x.runs {
-            for t in 0..T {
-                // SAFETY: each token has this run.
-                state.scales[t] = unsafe { *lines[t].scales.add(run) };
-            }
             for block in run * RUN..plane.blocks.min((run + 1) * RUN) {
                 // SAFETY: the row and each token have these blocks.
                 unsafe {
@@ -105,16 +99,55 @@ unsafe fn products<const BITS: usize, const T: usize, const GROUP: usize>(
             }
             if GROUP == PER_ROW {
                 for t in 0..T {
-                    state.scale(t, 1.0);
+                    // SAFETY: each token has this run.
+                    state.scale(t, unsafe { *lines[t].scales.add(run) });
                 }
             }
         }
         let scale = if GROUP == PER_ROW { plane.scale(row, 0) } else { 1.0 };
-        let factor = plane.unit(row) * scale;
-        for t in 0..T {
-            out[t][index] += _mm512_reduce_add_ps(state.sums[t]) * factor;
+        add_lanes(&state.sums, plane.unit(row) * scale, index, out);
+    }
+}
+
+/// Adds `factor` times the sum of each token's lanes to a row of `out`. Each sum is taken in the same
+/// order, whatever `T`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_lanes<const T: usize>(
+    sums: &[__m512; T],
+    factor: f32,
+    row: usize,
+    out: &mut [[f32; TILE]; T],
+) {
+    for first in (0..T).step_by(8) {
+        let own = |at: usize| sums[(first + at).min(T - 1)];
+        let mut pairs = [_mm512_setzero_ps(); 4];
+        for at in 0..4 {
+            pairs[at] = quarters(own(2 * at), own(2 * at + 1));
+        }
+        // Lanes 0 to 3 of quarters: tokens 0 to 3, and 4 to 7.
+        let [low, high] = [quarters(pairs[0], pairs[1]), quarters(pairs[2], pairs[3])];
+        let halves = _mm512_add_ps(_mm512_unpacklo_ps(low, high), _mm512_unpackhi_ps(low, high));
+        let swapped = _mm512_permute_ps::<0b01_00_11_10>(halves);
+        let totals = _mm512_add_ps(halves, swapped);
+        let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+        let totals = _mm512_castps512_ps256(_mm512_permutexvar_ps(order, totals));
+        let mut eight = [0f32; 8];
+        // SAFETY: room for eight numbers.
+        unsafe { _mm256_storeu_ps(eight.as_mut_ptr(), totals) };
+        for (out, total) in out[first..].iter_mut().zip(eight) {
+            out[row] += total * factor;
         }
     }
+}
+
+/// Sums of neighbouring quarters: those of `a`, then those of `b`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn quarters(a: __m512, b: __m512) -> __m512 {
+    let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+    let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b);
+    _mm512_add_ps(even, odd)
 }
 
 /// Adds the products of a block.
@@ -134,6 +167,8 @@ unsafe fn add_block<const BITS: usize, const T: usize, const GROUP: usize>(
     // SAFETY: a block has `8·BITS` bytes.
     let w = lookup::<BITS>(tables, unsafe { unpack::<BITS>(codes) });
     for t in 0..T {
+        // SAFETY: each token has the run of this block.
+        let own = unsafe { *lines[t].scales.add(block / RUN) };
         for half in 0..2 {
             // SAFETY: a token has 64 codes of each block.
             let a = unsafe {
@@ -142,11 +177,11 @@ unsafe fn add_block<const BITS: usize, const T: usize, const GROUP: usize>(
             };
             state.total[t] = multiply_add(state.total[t], w[half], a);
             if GROUP == PER_HALF {
-                state.scale(t, spread.scales[2 * block + half]);
+                state.scale(t, own * spread.scales[2 * block + half]);
             }
         }
         if GROUP == PER_BLOCK {
-            state.scale(t, spread.scales[block]);
+            state.scale(t, own * spread.scales[block]);
         }
     }
 }
