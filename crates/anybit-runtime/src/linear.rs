@@ -14,9 +14,6 @@ use anybit_kernels::{CodedWeight, PackedWeight, QuantizedRows, fake_rows, linear
 
 use crate::Result;
 
-/// Up to this many tokens, 16-bit products of quantized inputs beat 8-bit ones on bytes.
-const FEW_TOKENS: usize = 32;
-
 /// `y = x Wᵀ + b` with a weight in any storage.
 #[derive(Clone)]
 pub struct Linear {
@@ -28,6 +25,8 @@ pub struct Linear {
     packed: Option<Arc<PackedWeight>>,
     /// The weight for products with quantized inputs, where it is packed on affine grids.
     integer: Option<Arc<CodedWeight>>,
+    /// Whether products of packed codes with quantized inputs are exact integers.
+    coded: bool,
 }
 
 impl Linear {
@@ -47,14 +46,26 @@ impl Linear {
         site: &SiteState,
     ) -> Result<Self> {
         let weight = checkpoint.weight(&format!("{name}.weight"))?;
-        let integer = match (&weight, &site.quantizer) {
-            (Weight::Quantized(matrix), Some(quantizer)) => {
-                CodedWeight::new(matrix, quantizer).map(Arc::new)
-            }
-            _ => None,
-        };
         let bias = bias.then(|| checkpoint.vector(&format!("{name}.bias"))).transpose()?;
-        Ok(Self { bias, integer, ..Self::of(weight) })
+        let matrix = match &weight {
+            Weight::Quantized(matrix) => Some(matrix.clone()),
+            Weight::Stored(_) => None,
+        };
+        let mut linear = Self { bias, ..Self::of(weight) };
+        if let (Some(matrix), Some(quantizer)) = (matrix, &site.quantizer) {
+            let takes_codes = |packed: &PackedWeight| {
+                packed.takes_codes(&quantizer.segments) && packed.is_affine()
+            };
+            linear.coded = linear.packed.as_deref().is_some_and(takes_codes);
+            // Where products come from packed codes however many tokens there are, there is no
+            // need of another copy.
+            linear.integer = match linear.coded && most_tokens() == usize::MAX {
+                true => CodedWeight::binary(&matrix, quantizer),
+                false => CodedWeight::new(&matrix, quantizer),
+            }
+            .map(Arc::new);
+        }
+        Ok(linear)
     }
 
     /// A linear of a checkpoint's weight, without bias.
@@ -67,12 +78,12 @@ impl Linear {
             Some(packed) => packed.clone(),
             None => Arc::new(weight),
         };
-        Self { weight, bias: None, packed, integer: None }
+        Self { weight, bias: None, packed, integer: None, coded: false }
     }
 
     /// A linear of these parts.
     pub fn new(weight: Arc<dyn RowSource>, bias: Option<Vec<f32>>) -> Self {
-        Self { weight, bias, packed: None, integer: None }
+        Self { weight, bias, packed: None, integer: None, coded: false }
     }
 
     /// Puts another weight of the same shape in place.
@@ -82,7 +93,7 @@ impl Linear {
 
     /// Whether products with quantized inputs are taken in integers.
     pub fn is_integer(&self) -> bool {
-        self.integer.is_some()
+        self.integer.is_some() || self.coded
     }
 
     /// Whether products are taken by counting signs.
@@ -92,7 +103,7 @@ impl Linear {
 
     /// Takes products with the values that codes stand for, in f32, from here on.
     pub fn without_integers(&mut self) {
-        (self.integer, self.packed) = (None, None);
+        (self.integer, self.packed, self.coded) = (None, None, false);
     }
 
     /// Bytes that a product with one token reads.
@@ -134,7 +145,7 @@ impl InputBuffers {
         let Some(quantizer) = &site.quantizer else {
             return forward_values(linears, x, &mut self.scratch, outputs);
         };
-        let few = x.len() <= FEW_TOKENS * quantizer.cols();
+        let few = x.len() / quantizer.cols() <= most_tokens();
         let takes_codes = |linear: &Linear| {
             let packed = linear.packed.as_deref();
             packed.is_some_and(|p| p.takes_codes(&quantizer.segments)) && !linear.is_binary()

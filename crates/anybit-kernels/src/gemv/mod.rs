@@ -189,6 +189,11 @@ impl PackedWeight {
         self.planes[..self.column_groups].iter().map(KernelPlane::cols)
     }
 
+    /// Whether all grids are affine: products with quantized inputs are exact integers.
+    pub fn is_affine(&self) -> bool {
+        self.planes.iter().all(|plane| matches!(plane, KernelPlane::Affine(_)))
+    }
+
     /// Whether inputs quantized in these segments can be multiplied as integers:
     /// no column scale, and column groups that are the segments.
     pub fn takes_codes(&self, segments: &[Segment]) -> bool {
@@ -366,7 +371,10 @@ fn prepare(
         }
         let operands = &mut scratch.operands[firsts[at]..][..weight.column_groups];
         if isa == Isa::Avx512 && weight.planes.iter().any(|p| matches!(p, KernelPlane::Affine(_))) {
-            operands.iter_mut().for_each(|x| x.widen(width(isa, x.tokens)));
+            operands.iter_mut().for_each(|x| match width(isa, x.tokens) {
+                WIDE_TOKENS if x.is_coded() => x.widen_bytes(WIDE_TOKENS),
+                width => x.widen(width),
+            });
         }
         let (own, others) = starts.split_at_mut(weight.planes.len());
         for (index, (plane, starts)) in weight.planes.iter().zip(own).enumerate() {
@@ -540,6 +548,9 @@ impl Worker<'_> {
                     // SAFETY: chosen because the machine has these instructions.
                     unsafe {
                         match self.isa {
+                            Isa::Avx512 if T == WIDE_TOKENS && x.is_coded() => {
+                                x86::affine512::tile_of_bytes(input, tile, tokens[0] / T, sums)
+                            }
                             Isa::Avx512 => x86::affine512::tile(input, tile, tokens[0] / T, sums),
                             _ => x86::affine::tile(input, tile, tokens, sums),
                         }

@@ -43,6 +43,21 @@ pub(super) struct Operand {
     wide: Lines<i16>,
     /// Their scales, `[⌈tokens / width⌉, runs, width]`.
     wide_scales: Vec<f32>,
+    /// Twice the zero point of each token's codes, where these are quantized activations.
+    zeros: Vec<i32>,
+    /// Quantized activations of tokens side by side, four columns of each, in the order 0, 2, 1, 3:
+    /// `[⌈tokens / width⌉, columns / 4, width, 4]`.
+    bytes: Lines<i8>,
+}
+
+/// Quantized activations of a group of tokens that lie side by side.
+pub(super) struct Bytes<'a> {
+    /// `[columns / 4, width, 4]`.
+    pub codes: &'a [i8],
+    /// `[runs, width]`.
+    pub scales: &'a [f32],
+    /// Twice the zero points of those of `width` tokens that there are.
+    pub doubled_zeros: &'a [i32],
 }
 
 impl Operand {
@@ -56,6 +71,7 @@ impl Operand {
         let blocks = cols.div_ceil(BLOCK);
         (self.tokens, self.blocks, self.runs) = (tokens, blocks, blocks.div_ceil(RUN));
         self.width = 1;
+        self.zeros.clear();
         self.codes.resize(tokens * blocks * BLOCK);
         self.scales.resize(tokens * self.runs, 0.0);
         self.sums.resize(tokens * blocks * 2, 0);
@@ -82,40 +98,82 @@ impl Operand {
         });
     }
 
+    /// Whether these are quantized activations.
+    pub fn is_coded(&self) -> bool {
+        !self.zeros.is_empty()
+    }
+
+    /// Lays quantized activations side by side, `width` of them; behind the last one zeros follow.
+    pub fn widen_bytes(&mut self, width: usize) {
+        self.width = width;
+        let (cols, tokens) = (self.blocks * BLOCK, self.tokens);
+        self.bytes.resize(tokens.div_ceil(width) * width * cols);
+        let (codes, zeros) = (&self.codes, &self.zeros);
+        SpinPool::global().chunks(&mut self.bytes, width * cols, |group, bytes| {
+            let fours = bytes.as_chunks_mut::<4>().0;
+            for at in 0..width {
+                let token = group * width + at;
+                let own = fours.iter_mut().skip(at).step_by(width);
+                if token >= tokens {
+                    own.for_each(|four| *four = [0; 4]);
+                    continue;
+                }
+                let codes = codes[token * cols..(token + 1) * cols].as_chunks::<4>().0;
+                let byte = |code: i16| ((code as i32 / 2 + zeros[token]) >> 1) as i8;
+                for (own, [a, b, c, d]) in own.zip(codes) {
+                    *own = [byte(*a), byte(*c), byte(*b), byte(*d)];
+                }
+            }
+        });
+        self.widen_scales(width);
+    }
+
+    /// Quantized activations of the tokens of a group that lie side by side.
+    pub fn bytes(&self, group: usize) -> Bytes<'_> {
+        let (cols, runs) = (self.width * self.blocks * BLOCK, self.width * self.runs);
+        let tokens = group * self.width..self.tokens.min((group + 1) * self.width);
+        Bytes {
+            codes: &self.bytes[group * cols..(group + 1) * cols],
+            scales: &self.wide_scales[group * runs..(group + 1) * runs],
+            doubled_zeros: &self.zeros[tokens],
+        }
+    }
+
+    /// Lays scales side by side.
+    fn widen_scales(&mut self, width: usize) {
+        let (runs, tokens) = (self.runs, self.tokens);
+        self.wide_scales.clear();
+        self.wide_scales.resize(tokens.div_ceil(width) * width * runs, 0.0);
+        for (token, scales) in self.scales.chunks_exact(runs).enumerate() {
+            let own = &mut self.wide_scales[token / width * width * runs..];
+            let own = own.iter_mut().skip(token % width).step_by(width);
+            own.zip(scales).for_each(|(own, scale)| *own = *scale);
+        }
+    }
+
     /// Lays tokens side by side, `width` of them; behind the last one zeros follow.
     pub fn widen(&mut self, width: usize) {
         self.width = width;
         if width == 1 {
             return;
         }
-        let (cols, runs, tokens) = (self.blocks * BLOCK, self.runs, self.tokens);
-        let groups = tokens.div_ceil(width);
-        self.wide.resize(groups * width * cols);
-        self.wide_scales.resize(groups * width * runs, 0.0);
-        let (codes, scales) = (&self.codes, &self.scales);
-        let wide_scales = DisjointMut::new(&mut self.wide_scales);
+        let (cols, tokens) = (self.blocks * BLOCK, self.tokens);
+        self.wide.resize(tokens.div_ceil(width) * width * cols);
+        let codes = &self.codes;
         SpinPool::global().chunks(&mut self.wide, width * cols, |group, wide| {
-            // SAFETY: the scales of this group.
-            let wide_scales = unsafe { wide_scales.slice(group * width * runs, width * runs) };
+            let pairs = wide.as_chunks_mut::<2>().0;
             for at in 0..width {
                 let token = group * width + at;
+                let own = pairs.iter_mut().skip(at).step_by(width);
                 if token >= tokens {
-                    wide.as_chunks_mut::<2>()
-                        .0
-                        .iter_mut()
-                        .skip(at)
-                        .step_by(width)
-                        .for_each(|p| *p = [0; 2]);
-                    wide_scales.iter_mut().skip(at).step_by(width).for_each(|s| *s = 0.0);
+                    own.for_each(|pair| *pair = [0; 2]);
                     continue;
                 }
-                let pairs = codes[token * cols..(token + 1) * cols].as_chunks::<2>().0;
-                let own = wide.as_chunks_mut::<2>().0.iter_mut().skip(at).step_by(width);
-                own.zip(pairs).for_each(|(own, pair)| *own = *pair);
-                let own = wide_scales.iter_mut().skip(at).step_by(width);
-                own.zip(&scales[token * runs..]).for_each(|(own, scale)| *own = *scale);
+                let codes = codes[token * cols..(token + 1) * cols].as_chunks::<2>().0;
+                own.zip(codes).for_each(|(own, pair)| *own = *pair);
             }
         });
+        self.widen_scales(width);
     }
 
     /// Codes and scales of the tokens of a group that lie side by side.
@@ -165,6 +223,7 @@ impl Operand {
             }
             scales.fill(0.25 * x.scales[token * segments + segment]);
         });
+        self.zeros.extend((0..tokens).map(|token| x.doubled_zeros[token * segments + segment]));
     }
 }
 

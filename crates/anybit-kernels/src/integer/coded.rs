@@ -16,11 +16,15 @@ pub enum CodedWeight {
 impl CodedWeight {
     /// Prepares `matrix` for the codes of `quantizer`; `None` as for [`IntegerWeight::new`].
     pub fn new(matrix: &QuantizedMatrix, quantizer: &ActivationQuantizer) -> Option<Self> {
-        let segments = quantizer.widths();
+        let integer = || IntegerWeight::new(matrix, &quantizer.widths()).map(Self::Integer);
+        Self::binary(matrix, quantizer).or_else(integer)
+    }
+
+    /// As [`Self::new`] for signs on both sides alone.
+    pub fn binary(matrix: &QuantizedMatrix, quantizer: &ActivationQuantizer) -> Option<Self> {
         let bits: Vec<u8> = quantizer.segments.iter().map(|s| s.bits).collect();
-        let binary = quantizer.row_scale.and_then(|_| BinaryWeight::new(matrix, &segments, &bits));
-        let integer = || IntegerWeight::new(matrix, &segments).map(Self::Integer);
-        binary.map(Self::Binary).or_else(integer)
+        quantizer.row_scale?;
+        BinaryWeight::new(matrix, &quantizer.widths(), &bits).map(Self::Binary)
     }
 
     /// Computes `y[tokens, out] = x · Wᵀ + bias`, where `x` and `W` are the values of their codes.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anybit::Result;
+use anybit::kernels::isa::isa;
 use anybit::machine::Machine;
 
 use super::output::{Terminal, bytes_text, print_table, write_json};
@@ -31,18 +32,7 @@ pub fn run(args: Args, _terminal: &Terminal) -> Result<()> {
         row("memory available", memory(machine.ram_available_bytes)),
         row("memory read", format!("{:.1} GB/s measured", machine.read_bytes_per_s / 1e9)),
         row("f32 matrix product", format!("{:.0} GFLOP/s measured", machine.gemm_flops / 1e9)),
-        row("kernels used", kernels().to_string()),
+        row("kernels used", format!("{} (ANYBIT_ISA asks for less)", isa().name())),
     ]);
     Ok(())
-}
-
-/// The matrix products pick their instruction set at run time, our own loops at build time.
-fn kernels() -> &'static str {
-    let wide = anybit::machine::isa().contains(&"avx512f");
-    match (wide, cfg!(target_feature = "avx2")) {
-        (true, true) => "AVX-512 matrix products, AVX2 loops",
-        (true, false) => "AVX-512 matrix products, baseline loops",
-        (false, true) => "AVX2",
-        (false, false) => "baseline",
-    }
 }

@@ -234,3 +234,94 @@ unsafe fn of_bits<const BITS: usize, const T: usize, const STORED: bool>(
         }
     }
 }
+
+/// [`tile`] with quantized activations, four columns of bytes at a time; the same bits.
+///
+/// # Safety
+/// As [`tile`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(in super::super) unsafe fn tile_of_bytes<const T: usize>(
+    input: Input<'_>,
+    tile: usize,
+    group: usize,
+    out: &mut [[f32; TILE]; T],
+) {
+    // SAFETY: as of this function; the bits are the plane's.
+    unsafe {
+        with_bits!(input.plane.bits, BITS => match input.plane.zeros {
+            Zeros::Fixed(_) => bytes_of_bits::<BITS, T, false>(input, tile, group, out),
+            Zeros::Stored(_) => bytes_of_bits::<BITS, T, true>(input, tile, group, out),
+        })
+    }
+}
+
+/// With `A = 2(2a − 2z_a)`, `Σ u·A = 4·Σ u·a − 2·2z_a·Σ u`; the second sum is taken beside.
+///
+/// # Safety
+/// As [`of_bits`].
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn bytes_of_bits<const BITS: usize, const T: usize, const STORED: bool>(
+    input: Input<'_>,
+    tile: usize,
+    group: usize,
+    out: &mut [[f32; TILE]; T],
+) {
+    let (plane, x) = (input.plane, input.x);
+    assert!(x.width == T && x.blocks == plane.blocks, "other tokens side by side");
+    let bytes = plane.tile_bytes();
+    let mut codes = plane.codes[tile * bytes..][..bytes].as_ptr();
+    let own = x.bytes(group);
+    let mut a = own.codes.as_ptr();
+    let mut zeros = [0; T];
+    zeros[..own.doubled_zeros.len()].copy_from_slice(own.doubled_zeros);
+    let mut starts = input.starts[group * plane.parts * T..][..plane.parts * T].as_ptr();
+    let mut groups = Groups::of(plane, tile);
+    let ones = _mm512_set1_epi8(1);
+    for run in 0..x.runs {
+        let mut products = [_mm512_setzero_ps(); T];
+        for part in plane.parts_of_run(run) {
+            let mut totals = [_mm512_setzero_si512(); T];
+            let mut sum = _mm512_setzero_si512();
+            for _ in plane.halves(part) {
+                for step in 0..STEPS {
+                    // SAFETY: tile and tokens have these columns.
+                    unsafe {
+                        let w = unpack::<BITS>(codes.add(step * 16 * BITS));
+                        for half in 0..2 {
+                            sum = _mm512_dpbusd_epi32(sum, w[half], ones);
+                            for t in 0..T {
+                                let at = a.add((step * COLUMNS + 4 * half) * T + 4 * t);
+                                let a = _mm512_set1_epi32(at.cast::<i32>().read_unaligned());
+                                totals[t] = _mm512_dpbusd_epi32(totals[t], w[half], a);
+                            }
+                        }
+                    }
+                }
+                codes = codes.wrapping_add(STEPS * 16 * BITS);
+                a = a.wrapping_add(BLOCK / 2 * T);
+            }
+            // SAFETY: as above.
+            let scales = unsafe { groups.all_scales() };
+            for t in 0..T {
+                // SAFETY: rows and tokens have this part.
+                let start = unsafe { groups.all_starts::<STORED>(*starts.add(t)) };
+                let centre = _mm512_mullo_epi32(sum, _mm512_set1_epi32(2 * zeros[t]));
+                let total = _mm512_sub_epi32(_mm512_slli_epi32::<2>(totals[t]), centre);
+                let total = _mm512_cvtepi32_ps(_mm512_add_epi32(total, start));
+                products[t] = _mm512_fmadd_ps(total, scales, products[t]);
+            }
+            starts = starts.wrapping_add(T);
+            groups.advance();
+        }
+        for t in 0..T {
+            let scale = _mm512_set1_ps(own.scales[run * T + t]);
+            // SAFETY: a tile has sixteen sums.
+            unsafe {
+                let sums = _mm512_loadu_ps(out[t].as_ptr());
+                let sums = _mm512_fmadd_ps(products[t], scale, sums);
+                _mm512_storeu_ps(out[t].as_mut_ptr(), sums);
+            }
+        }
+    }
+}
