@@ -18,7 +18,10 @@ mkdir -p "$work" docs/results
 
 if [ "$preset" = 135m ]; then
     ln -sfn "$PWD/.cache/demo/reference" "$work/dense"
+    head=()
 else
+    # Its head is not the embedding.
+    head=(--head-bits BITS)
     [ -d "$work/dense" ] || "$anybit" --quiet synth --preset "$preset" --out "$work/dense"
 fi
 [ -f "$work/f16.gguf" ] ||
@@ -31,7 +34,7 @@ for pair in "${pairs[@]}"; do
     [ -e "$work/$type.gguf" ] || "$tools/llama-quantize" "$work/f16.gguf" "$work/$type.gguf" \
         "$type" "$(nproc)" >/dev/null 2>&1
     [ -d "$work/$bits" ] || "$anybit" --quiet quantize "$(realpath "$work/dense")" --method rtn --bits "$bits" \
-        --group-size 32 --embed-bits "$bits" --report-tokens 0 --out "$work/$bits" >/dev/null
+        --group-size 32 --embed-bits "$bits" "${head[@]/BITS/$bits}" --report-tokens 0 --out "$work/$bits" >/dev/null
 done
 python3 - "$tools/llama-bench" "$anybit" "$work" "$preset" "${REPEAT:-5}" "${pairs[@]}" <<'PYTHON'
 import json, os, pathlib, statistics, subprocess, sys
@@ -74,7 +77,7 @@ for pair, row in rows.items():
     })
 out = pathlib.Path("docs/results/performance.json")
 results = json.loads(out.read_text()) if out.exists() else {}
-results[preset] = {"machine": machine, "rounds": int(repeat), "rows": table}
+results[f"{preset} {machine['isa']}"] = {"machine": machine, "rounds": int(repeat), "rows": table}
 out.write_text(json.dumps(results, indent=2) + "\n")
 print("| llama.cpp | anybit | prefill 512 | | | decode 128 | | | of memory | 8 sequences |")
 print("|---|---|---|---|---|---|---|---|---|---|")

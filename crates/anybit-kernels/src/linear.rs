@@ -19,9 +19,12 @@ fn few_tokens() -> usize {
         _ => 4,
     }
 }
-/// Tokens of a task: with [`TILE_ELEMENTS`] small enough that a 192-row linear still has work for
-/// several threads, large enough to amortize decoding a tile.
+/// Tokens of a task: few enough that a linear of few rows still has work for several threads, or,
+/// where there are [`MANY_TILES`], as many as amortize decoding a tile best.
 const TOKENS: usize = 256;
+const MOST_TOKENS: usize = 512;
+/// Tiles of rows that are work enough for all threads.
+const MANY_TILES: usize = 8;
 /// Elements of a decoded tile: large enough to amortize GEMM's packing of `x`.
 const TILE_ELEMENTS: usize = 1 << 19;
 
@@ -42,11 +45,12 @@ pub fn linear(x: &[f32], weight: &dyn RowSource, bias: Option<&[f32]>, y: &mut [
     }
     let tile = tile_rows(out, inp);
     let row_tiles = out.div_ceil(tile);
+    let most = if row_tiles >= MANY_TILES { MOST_TOKENS } else { TOKENS };
     let dst = DisjointMut::new(y);
-    SpinPool::global().each(row_tiles * tokens.div_ceil(TOKENS), |task| {
-        let (t, first) = (task % row_tiles, task / row_tiles * TOKENS);
+    SpinPool::global().each(row_tiles * tokens.div_ceil(most), |task| {
+        let (t, first) = (task % row_tiles, task / row_tiles * most);
         let rows = t * tile..((t + 1) * tile).min(out);
-        let count = TOKENS.min(tokens - first);
+        let count = most.min(tokens - first);
         let x = &x[first * inp..(first + count) * inp];
         // SAFETY: `rows` of tokens `first..first + count` belong to this task alone.
         let y = unsafe { dst.at(first * out + rows.start) };

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use super::super::affine::{COLUMNS, TILE, Zeros};
 use super::super::operand::BLOCK;
 use super::affine::{Groups, Input, PAIRS, Pointer, STEPS};
-use super::{load, multiply_add};
+use super::{load, multiply_add, prefetch};
 
 impl Groups {
     /// The scales of all rows.
@@ -196,6 +196,7 @@ unsafe fn of_bits<const BITS: usize, const T: usize, const STORED: bool>(
             starts = starts.wrapping_add(T);
             for _ in plane.halves(part) {
                 for step in 0..STEPS {
+                    prefetch::<BITS>(codes.wrapping_add(step * 16 * BITS), 16 * BITS);
                     // SAFETY: tile and tokens have these columns.
                     unsafe {
                         let w = pairs::<BITS>(codes.add(step * 16 * BITS));

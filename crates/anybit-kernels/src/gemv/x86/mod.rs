@@ -46,6 +46,17 @@ fn multiply_add(sum: __m512i, w: __m512i, a: __m512i) -> __m512i {
     total
 }
 
+/// Asks for what lies behind `len` bytes of codes at some distance: one stream of them is more than the
+/// hardware foresees.
+#[inline(always)]
+fn prefetch<const BITS: usize>(codes: *const u8, len: usize) {
+    for line in (0..len).step_by(64) {
+        let ahead = codes.wrapping_add(line + 1024 * BITS);
+        // SAFETY: a hint that reads nothing, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
+    }
+}
+
 /// # Safety
 /// 32 bytes must be there.
 #[inline]

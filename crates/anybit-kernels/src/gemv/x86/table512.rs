@@ -10,7 +10,7 @@ use super::super::affine::TILE;
 use super::super::operand::{BLOCK, RUN};
 use super::super::table::{Grouping, TablePlane};
 use super::table::{Call, Line, PER_BLOCK, PER_HALF, PER_ROW, Spread};
-use super::{load, multiply_add};
+use super::{load, multiply_add, prefetch};
 
 /// Adds the products of rows with `T` tokens to `out`.
 ///
@@ -164,6 +164,7 @@ unsafe fn add_block<const BITS: usize, const T: usize, const GROUP: usize>(
     spread: &Spread,
     state: &mut State<T>,
 ) {
+    prefetch::<BITS>(codes, 8 * BITS);
     // SAFETY: a block has `8·BITS` bytes.
     let w = lookup::<BITS>(tables, unsafe { unpack::<BITS>(codes) });
     for t in 0..T {
