@@ -19,10 +19,16 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Writes a file through `write`; on any error nothing is left and the old file, if any, stays.
+/// A link is followed, and a device or pipe (`/dev/null`, `/dev/stdout`) is written to, never
+/// replaced.
 ///
 /// # Errors
 /// The first error of `write`, or what the operating system refuses.
 pub fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    if is_stream(path) {
+        return write_stream(path, write);
+    }
+    let path = &fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let partial = partial_path(path);
     let result = (|| {
         let file = File::create(&partial).map_err(|e| IoError::file("create", path, e))?;
@@ -36,6 +42,19 @@ pub fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>)
         let _ = fs::remove_file(&partial);
     }
     result
+}
+
+/// Whether what is at `path` takes bytes but is no file that could be renamed over.
+fn is_stream(path: &Path) -> bool {
+    let exists = fs::metadata(path).is_ok_and(|found| !found.is_dir());
+    exists && (path.starts_with("/dev") || !fs::metadata(path).is_ok_and(|found| found.is_file()))
+}
+
+fn write_stream(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    let stream = File::options().write(true).open(path);
+    let mut out = BufWriter::new(stream.map_err(|e| IoError::file("open", path, e))?);
+    write(&mut out)?;
+    out.flush().map_err(|e| IoError::file("write", path, e))
 }
 
 /// Writes `bytes` to a file, whole or not at all.
@@ -210,6 +229,22 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_followed_and_devices_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link, sink) =
+            (dir.path().join("file"), dir.path().join("link"), dir.path().join("sink"));
+        write_bytes(&file, b"old").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        std::os::unix::fs::symlink("/dev/null", &sink).unwrap();
+        write_bytes(&link, b"new").unwrap();
+        write_bytes(&sink, b"gone").unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"new");
+        assert!(link.is_symlink() && sink.is_symlink());
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
     }
 
     #[test]
