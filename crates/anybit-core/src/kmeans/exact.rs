@@ -7,9 +7,10 @@
 //! D_1[b] = cost(0, b)        D_k[b] = min_a D_{k−1}[a] + cost(a, b)
 //! ```
 //!
-//! Since `cost` is Monge, the least `a` that attains the minimum does not fall as `b` grows, so
-//! a layer is filled by halving strides in `O(n log n)`: each `b` searches only between the cuts
-//! of its two neighbours of twice the stride. Cuts of all layers are kept for back-tracking.
+//! Since `cost` is Monge, the least `a` that attains the minimum falls neither as `b` grows nor as
+//! `k` does (Yao 1980), so a layer is filled by halving strides in `O(n log n)`: each `b` searches
+//! only between the cuts of its two neighbours of twice the stride, and from the cut that the
+//! layer before made at `b`. Cuts of all layers are kept for back-tracking.
 
 use super::segments::{Plain, Precise, Segments};
 use super::{check, effective, middles, nearest};
@@ -146,12 +147,15 @@ impl Exact1d {
 
 /// Sorts, merges equal values and drops those without weight.
 fn merge(values: &[f64], weights: &[f64]) -> (Vec<f64>, Vec<f64>) {
-    let mut sorted: Vec<(f64, f64)> =
-        values.iter().copied().zip(weights.iter().copied()).filter(|(_, w)| *w > 0.0).collect();
-    sorted.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    // One integer per element, in the order of values and then of weights: compared without branches.
+    let mut sorted: Vec<u128> = (values.iter().zip(weights).filter(|(_, w)| **w > 0.0))
+        .map(|(v, w)| (ordered(*v) as u128) << 64 | w.to_bits() as u128)
+        .collect();
+    sorted.sort_unstable();
     let mut points: Vec<f64> = Vec::with_capacity(sorted.len());
     let mut masses: Vec<f64> = Vec::with_capacity(sorted.len());
-    for (value, weight) in sorted {
+    for element in sorted {
+        let (value, weight) = (value_of((element >> 64) as u64), f64::from_bits(element as u64));
         if points.last() == Some(&value) {
             let last = masses.len() - 1;
             masses[last] += weight;
@@ -163,42 +167,58 @@ fn merge(values: &[f64], weights: &[f64]) -> (Vec<f64>, Vec<f64>) {
     (points, masses)
 }
 
+const SIGN: u64 = 1 << 63;
+
+/// Bits whose order as integers is that of the numbers ([`f64::total_cmp`]).
+fn ordered(value: f64) -> u64 {
+    let bits = value.to_bits();
+    if bits & SIGN == 0 { bits | SIGN } else { !bits }
+}
+
+fn value_of(ordered: u64) -> f64 {
+    f64::from_bits(if ordered & SIGN == 0 { !ordered } else { ordered & !SIGN })
+}
+
 /// Cuts of layers `2..=top` over `d > top` points, and the cost of `top` clusters.
 fn layers<S: Segments>(segments: &S, d: usize, top: usize) -> (Vec<u32>, f64) {
     let width = d + 1;
     let mut cuts = vec![0u32; (top - 1) * width];
     let mut previous: Vec<f64> = (0..width).map(|b| segments.whole(b)).collect();
     let mut current = vec![0.0; width];
+    let mut before: &[u32] = &vec![0; width];
     for (index, cuts) in cuts.chunks_exact_mut(width).enumerate() {
         let k = index + 2;
         segments.prepare(&mut previous);
-        fill(segments, &previous, &mut current, cuts, k, k == top);
+        fill(segments, &previous, &mut current, before, cuts, k, k == top);
         std::mem::swap(&mut previous, &mut current);
+        before = cuts;
     }
     (cuts, previous[d])
 }
 
 /// One layer: least costs and cuts of `k` clusters of points `0..b`, for `b` from `k` (every
-/// point alone) to `d`. Nothing reads more of the last layer than its end.
+/// point alone) to `d`, given the cuts `before` of one cluster less. Nothing reads more of the last
+/// layer than its end.
 fn fill<S: Segments>(
     segments: &S,
     previous: &[f64],
     current: &mut [f64],
+    before: &[u32],
     cuts: &mut [u32],
     k: usize,
     last: bool,
 ) {
     let d = cuts.len() - 1;
     (cuts[k], current[k]) = ((k - 1) as u32, 0.0);
-    let (cut, cost) = segments.best(previous, d, k - 1, d - 1);
+    let (cut, cost) = segments.best(previous, d, (k - 1).max(before[d] as usize), d - 1);
     (cuts[d], current[d]) = (cut as u32, cost);
     let span = d - k;
     let mut stride = if last { 1 } else { span.next_power_of_two() };
     while stride > 1 {
         let half = stride / 2;
         for b in (k + half..d).step_by(stride) {
-            let low = cuts[b - half] as usize;
             let high = (cuts[(b + half).min(d)] as usize).min(b - 1);
+            let low = (cuts[b - half].max(before[b]) as usize).min(high);
             let (cut, cost) = segments.best(previous, b, low, high);
             (cuts[b], current[b]) = (cut as u32, cost);
         }
