@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Accuracy of a small 2-bit network on Fashion-MNIST (5,000 images, a fifth of the labels redrawn) by
+# Accuracy of a small 2-bit network on Fashion-MNIST (1,000 images, a fifth of the labels redrawn) by
 # balancer, scale of the teacher's loss and seed, into docs/results/gor-fashion.json.
 #
 #   runs/gor-fashion.sh [--set KEY=VALUE]...
