@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every kernel alone, at each level of instructions that the machine has: median time and rates, as a
-# table and in docs/results/kernels.json.
+# table in docs/results/kernels.md and as numbers in docs/results/kernels.json.
 #
 #   runs/kernels.sh [BENCH...]
 #
@@ -99,17 +99,23 @@ if OUT.exists():
         kept = [row for row in before["rows"] if row["bench"] not in again]
 order = list(FOLLOWS)
 everything = sorted(kept + rows, key=lambda row: order.index(row["bench"]))
-partial = OUT.with_suffix(".partial")
-partial.write_text(json.dumps({"machine": machine, "rows": everything}, indent=1) + "\n")
-partial.replace(OUT)
 
-print(f"{machine['processor']}, {machine['threads']} threads\n")
-print("| kernel | case | level | µs | GB/s | of memory | 10⁹ items/s |")
-print("|---|---|---|---|---|---|---|")
-for row in rows:
+
+def write(path, text):
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+write(OUT, json.dumps({"machine": machine, "rows": everything}, indent=1))
+lines = [f"{machine['processor']}, {machine['threads']} threads; medians of `runs/kernels.sh`", "",
+         "| kernel | case | level | µs | GB/s | of memory | 10⁹ items/s |", "|---|---|---|---|---|---|---|"]
+for row in everything:
     share = f"{row['memory_share']:.0%}" if "memory_share" in row else ""
     rates = [f"{row[key] / 1e9:.2f}" if key in row else "" for key in ("bytes_per_s", "items_per_s")]
     cells = [f"{row['bench']} {row['function']}", row["case"], row["isa"],
              f"{1e6 * row['median_s']:.1f}", rates[0], share, rates[1]]
-    print("| " + " | ".join(cells) + " |")
+    lines.append("| " + " | ".join(cells) + " |")
+write(OUT.with_suffix(".md"), "\n".join(lines))
+print("\n".join(lines))
 PYTHON
