@@ -15,7 +15,7 @@ pub use safetensors::Dtype as FileDtype;
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 
-use crate::tensor::RowOrder;
+use crate::tensor::{RowOrder, release_pages};
 use crate::{Dtype, IoError, Result, StoredTensor};
 
 /// Shards grow to this many bytes.
@@ -39,6 +39,11 @@ impl RawTensor {
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.map[self.offset..self.offset + self.len]
+    }
+
+    /// [`StoredTensor::release`].
+    pub fn release(&self) {
+        release_pages(&self.map, self.offset, self.len);
     }
 
     /// The tensor as weights.

@@ -111,6 +111,20 @@ pub enum RowOrder {
     },
 }
 
+/// Drops resident pages of `len` bytes from `offset`; the next access reads them again.
+pub(crate) fn release_pages(map: &Mmap, offset: usize, len: usize) {
+    #[cfg(unix)]
+    {
+        let page = 4096;
+        let start = offset / page * page;
+        let len = (offset + len).min(map.len()) - start;
+        // SAFETY: the mapping is read-only and backed by a file: dropped pages are read again
+        // from it on the next access.
+        let _ =
+            unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
+    }
+}
+
 /// A tensor in a memory-mapped file.
 #[derive(Clone)]
 pub struct StoredTensor {
@@ -180,17 +194,7 @@ impl StoredTensor {
     /// Tells the kernel that these pages are not needed for now, so that resident memory is what
     /// is being worked on and not the whole file.
     pub fn release(&self) {
-        #[cfg(unix)]
-        {
-            let page = 4096;
-            let start = self.offset / page * page;
-            let len = (self.offset + self.bytes().len()).min(self.map.len()) - start;
-            // SAFETY: the mapping is read-only and backed by a file: dropped pages are read again
-            // from it on the next access.
-            let _ = unsafe {
-                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len)
-            };
-        }
+        release_pages(&self.map, self.offset, self.bytes().len());
     }
 
     fn file_row(&self, row: usize) -> usize {

@@ -60,13 +60,21 @@ impl Decoder {
     /// Bytes of weights that one decoded token reads, as kernels hold them: every layer and the
     /// head.
     pub fn bytes_per_token(&self) -> usize {
-        let linears = |l: &DecoderLayer| {
-            [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]
-                .iter()
-                .map(|l| l.pass_bytes())
-                .sum::<usize>()
-        };
-        self.layers.iter().map(linears).sum::<usize>() + self.head.pass_bytes()
+        self.linears().map(Linear::pass_bytes).sum()
+    }
+
+    /// Bytes of all weights in memory: those of linears and the embedding.
+    pub fn weight_bytes(&self) -> usize {
+        let tied = Arc::ptr_eq(&self.embedding, &self.head.weight);
+        let embedding = if tied { 0 } else { self.embedding.stored_bytes() };
+        self.linears().map(Linear::stored_bytes).sum::<usize>() + embedding
+    }
+
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let of_layers = self.layers.iter();
+        of_layers
+            .flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down])
+            .chain([&self.head])
     }
 
     /// Embeds `tokens` into `x`, `[tokens, hidden]`.

@@ -114,6 +114,11 @@ impl Linear {
         }
     }
 
+    /// Bytes of the weight in memory, all forms of it.
+    pub fn stored_bytes(&self) -> usize {
+        self.weight.stored_bytes() + self.integer.as_ref().map_or(0, |coded| coded.stored_bytes())
+    }
+
     /// Applies it to `x`, `[tokens, in]`.
     pub fn forward(&self, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) {
         forward_values([self], x, scratch, [y]);

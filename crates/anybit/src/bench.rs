@@ -16,7 +16,7 @@ use anybit_io::{Checkpoint, Format, ModelConfig};
 use anybit_runtime::{BatchSession, Decoder, KvCache, PlainType, Session};
 use serde::Serialize;
 
-use crate::machine::{Machine, peak_rss_bytes};
+use crate::machine::{Machine, rss_bytes};
 use crate::measure::bits_per_weight;
 use crate::{Error, Result};
 
@@ -196,8 +196,11 @@ pub struct Report {
     /// Share of it that decoding one sequence takes for weights. More than 1 where caches hold
     /// them.
     pub stream_share: Option<f64>,
-    /// Largest resident memory of this process, the buffer of the bandwidth test included.
-    pub peak_rss_bytes: Option<u64>,
+    /// Bytes of all weights in memory.
+    pub weight_bytes: usize,
+    /// Resident memory of this process after one sequence: weights, its cache, the scratch of a
+    /// pass over the prompt, the program itself.
+    pub rss_bytes: Option<u64>,
 }
 
 /// Times `decoder`, loaded for at least [`Options::context`] positions; `progress` hears
@@ -212,15 +215,16 @@ pub fn run(
 ) -> Result<Report> {
     let context = options.context(&decoder.config)?;
     let kv_bytes = KvCache::new(decoder, context, options.kv).bytes();
-    let machine = Machine::measure();
     let rows = options.rows();
     let mut batches = Vec::with_capacity(rows.len());
     let mut timer = Timer::new(options, rows.len(), progress);
+    let mut rss = None;
     for batch in rows {
         let (prefill, decode) = match batch {
             1 => one_sequence(decoder, options, context, &mut timer)?,
             _ => (None, sequences(decoder, options, batch, &mut timer)?),
         };
+        rss = rss.or_else(rss_bytes);
         let median = |rates: &Option<Rates>| rates.as_ref().map(|r| r.median);
         batches.push(BatchReport {
             batch,
@@ -230,6 +234,7 @@ pub fn run(
             decode,
         });
     }
+    let machine = Machine::measure();
     let (prefill, decode) = (batches[0].prefill_tokens_per_s, batches[0].decode_tokens_per_s);
     let bytes_per_token = decoder.bytes_per_token();
     let shapes = decoder.config.tensors().into_iter();
@@ -250,7 +255,8 @@ pub fn run(
         kv_bytes,
         stream_gb_per_s: machine.read_bytes_per_s / 1e9,
         stream_share: decode.map(|d| d * bytes_per_token as f64 / machine.read_bytes_per_s),
-        peak_rss_bytes: peak_rss_bytes(),
+        weight_bytes: decoder.weight_bytes(),
+        rss_bytes: rss,
         machine,
     })
 }

@@ -87,6 +87,11 @@ pub fn peak_rss_bytes() -> Option<u64> {
     proc_value("/proc/self/status", "VmHWM:")
 }
 
+/// Resident memory of this process now, in bytes.
+pub fn rss_bytes() -> Option<u64> {
+    proc_value("/proc/self/status", "VmRSS:")
+}
+
 /// A "KEY: N kB" line of a proc file, in bytes.
 fn proc_value(path: &str, key: &str) -> Option<u64> {
     let text = std::fs::read_to_string(path).ok()?;

@@ -77,6 +77,8 @@ fn figures_fit_together() {
     }
 
     assert_eq!(report["bytes_per_token"], decoder.bytes_per_token());
+    assert_eq!(report["weight_bytes"], decoder.weight_bytes());
+    assert!(positive(&report, "rss_bytes") > positive(&report, "weight_bytes"));
     assert_eq!(report["kv_bytes"], KvCache::new(&decoder, 12, PlainType::F16).bytes());
     let stream = positive(&report, "stream_gb_per_s") * 1e9;
     assert!(same(positive(&report["machine"], "read_bytes_per_s"), stream), "{report}");

@@ -256,7 +256,8 @@ impl QuantizedRecord {
         Ok(raw)
     }
 
-    /// [`Self::load`] from parts that `find` finds by name.
+    /// [`Self::load`] from parts that `find` finds by name, whose pages in the file are released:
+    /// the matrix is a copy.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -265,10 +266,18 @@ impl QuantizedRecord {
         tensor: &str,
         find: impl Fn(&str) -> Result<&'a RawTensor>,
     ) -> Result<QuantizedMatrix> {
+        let parts = self.find_parts(tensor, find)?;
+        let matrix = self.assemble(tensor, &parts);
+        parts.iter().for_each(|part| part.release());
+        matrix
+    }
+
+    /// The matrix of the parts that [`Self::find_parts`] lists.
+    fn assemble(&self, tensor: &str, parts: &[&RawTensor]) -> Result<QuantizedMatrix> {
         let fail = |source| IoError::Matrix { name: tensor.to_string(), source };
-        let mut raw = self.find_parts(tensor, find)?.into_iter();
+        let mut raw = parts.iter();
         // `parts` listed exactly what is taken here, in this order.
-        let mut next = || raw.next().map(RawTensor::bytes).unwrap_or_default();
+        let mut next = || raw.next().map(|part| part.bytes()).unwrap_or_default();
         let mut planes = Vec::new();
         for p in &self.planes {
             let codes = words(next());

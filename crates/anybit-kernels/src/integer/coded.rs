@@ -27,6 +27,14 @@ impl CodedWeight {
         BinaryWeight::new(matrix, &quantizer.widths(), &bits).map(Self::Binary)
     }
 
+    /// Bytes in memory.
+    pub fn stored_bytes(&self) -> usize {
+        match self {
+            Self::Binary(weight) => weight.stored_bytes(),
+            Self::Integer(weight) => weight.stored_bytes(),
+        }
+    }
+
     /// Computes `y[tokens, out] = x · Wᵀ + bias`, where `x` and `W` are the values of their codes.
     ///
     /// # Panics

@@ -131,7 +131,6 @@ pub struct IntegerWeight {
     codes: Vec<u8>,
     /// `[⌈rows / ROWS⌉, parts]`; lanes behind the last row are zero.
     lanes: Vec<Lanes>,
-    stored_bytes: usize,
 }
 
 impl IntegerWeight {
@@ -165,8 +164,7 @@ impl IntegerWeight {
             }
         });
         let segments = segments.to_vec();
-        let stored_bytes = matrix.stored_bytes();
-        Some(Self { rows, cols, segments, parts, codes, lanes, stored_bytes })
+        Some(Self { rows, cols, segments, parts, codes, lanes })
     }
 
     /// Rows (`out`) and columns (`in`).
@@ -174,9 +172,9 @@ impl IntegerWeight {
         (self.rows, self.cols)
     }
 
-    /// Bytes of the packed matrix that this was unpacked from.
+    /// Bytes of codes and grids in memory.
     pub fn stored_bytes(&self) -> usize {
-        self.stored_bytes
+        self.codes.len() + size_of_val(&self.lanes[..])
     }
 
     /// Computes `y[tokens, out] = x · Wᵀ + bias`, where `x` and `W` are the values of their codes.

@@ -121,4 +121,14 @@ fn print_report(report: &Report) {
         report.stream_gb_per_s,
         share.unwrap_or_default(),
     );
+    let (weights, cache) = (report.weight_bytes as u64, report.kv_bytes as u64);
+    if let Some(rss) = report.rss_bytes {
+        println!(
+            "{} of memory: {} of weights, {} of cache, {} of scratch, vocabulary and program",
+            bytes_text(rss),
+            bytes_text(weights),
+            bytes_text(cache),
+            bytes_text(rss.saturating_sub(weights + cache)),
+        );
+    }
 }

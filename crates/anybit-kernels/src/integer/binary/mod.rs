@@ -67,7 +67,6 @@ pub struct BinaryWeight {
     /// `¼·s_w`, `[⌈rows / ROWS⌉, parts]`.
     quarters: Vec<[f32; ROWS]>,
     isa: Isa,
-    stored_bytes: usize,
 }
 
 impl BinaryWeight {
@@ -126,8 +125,7 @@ impl BinaryWeight {
             columns.iter_mut().for_each(|column| *column = isa.arrange(*column));
         });
         let segments = segments.to_vec();
-        let stored_bytes = matrix.stored_bytes();
-        Some(Self { rows, cols, segments, parts, words, columns, quarters, isa, stored_bytes })
+        Some(Self { rows, cols, segments, parts, words, columns, quarters, isa })
     }
 
     /// Rows (`out`) and columns (`in`).
@@ -135,9 +133,9 @@ impl BinaryWeight {
         (self.rows, self.cols)
     }
 
-    /// Bytes of the packed matrix that this was made of.
+    /// Bytes of signs and scales in memory.
     pub fn stored_bytes(&self) -> usize {
-        self.stored_bytes
+        size_of_val(&self.columns[..]) + size_of_val(&self.quarters[..])
     }
 
     /// Computes `y[tokens, out] = x · Wᵀ + bias`, where `x` and `W` are the values of their codes.
