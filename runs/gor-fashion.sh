@@ -4,7 +4,8 @@
 #
 #   runs/gor-fashion.sh [--set KEY=VALUE]...
 #
-# What is finished is not run again. `--set quantizer.weights.bits=1 --set
+# What is finished is not run again. JSON may name another file for the figures: with
+# JSON=docs/results/gor-fashion-w1a1.json, `--set quantizer.weights.bits=1 --set
 # quantizer.activations.bits=1 --out .cache/gor-fashion-w1a1` is the same at one bit.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -4,7 +4,7 @@
 #
 #   runs/quest-small.sh TEXT...
 #
-# PRESET, STEPS, SEEDS and CELLS may be set; a cell is NAME:BITS, `full:32` is without
+# PRESET, LR, STEPS, SEEDS and CELLS may be set; a cell is NAME:BITS, `full:32` is without
 # quantization. What is there already is not trained again. The last lines are the table: validation
 # loss in nats per byte, the mean over seeds ± half of the range. With the defaults about an hour
 # and a half on two cores.
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 
 anybit="${ANYBIT:-${CARGO_TARGET_DIR:-target}/release/anybit}"
 preset="${PRESET:-1m}"
-out=".cache/quest-small-$preset-bytes"
+out=".cache/quest-small-$preset-bytes${LR:+-lr$LR}${STEPS:+-steps$STEPS}"
 mkdir -p "$out"
 cat >"$out/recipe.toml" <<TOML
 out = "$out/run"
@@ -31,7 +31,7 @@ tokenizer = { vocab_size = 258 }
 [train]
 steps = ${STEPS:-1024}
 batch = 8
-lr = 3e-3
+lr = ${LR:-3e-3}
 validate_every = 100000
 checkpoint_every = 100000
 keep = 1

@@ -4,8 +4,8 @@
 #   runs/skim-wikitext2.sh TEST.raw CALIBRATION...
 #
 # As runs/gptq-wikitext2.sh. Gradients are taken twice (labels of the text for SqueezeLLM and SKIM,
-# of the model for anybit) and kept in .cache/skim-wikitext2/.anybit-cache. GOALS may be set; each
-# needs some minutes per method.
+# of the model for anybit) and kept in .cache/skim-wikitext2/.anybit-cache. WHOLE_BITS, CODE_BITS and
+# TOTAL_BITS may be set; each needs some minutes per method.
 set -euo pipefail
 test_text="$(realpath "$1")"
 shift

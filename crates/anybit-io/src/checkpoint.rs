@@ -10,9 +10,9 @@ use anybit_core::{BlockSites, HalfRow, QuantizedMatrix, RowSource, Site};
 use rayon::prelude::*;
 use serde_json::Value;
 
-use crate::gguf::GgufFile;
+use crate::gguf::{self, GgufFile};
 use crate::native::Manifest;
-use crate::safetensors_file::{RawTensor, open_folder};
+use crate::safetensors_file::{RawTensor, map_file, open_folder};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
 use crate::{IoError, ModelConfig, Result, StoredTensor, nearest_name};
@@ -377,6 +377,18 @@ impl Checkpoint {
                     .collect();
                 unique.values().sum()
             }
+        }
+    }
+
+    /// [`Self::tensor_bytes`] of the checkpoint at `path`, which may be a GGUF file of types that
+    /// cannot be read.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn tensor_bytes_at(path: &Path) -> Result<u64> {
+        match path.is_file() {
+            true => gguf::header::tensor_bytes(&map_file(path)?, path),
+            false => Ok(Self::open(path)?.tensor_bytes()),
         }
     }
 

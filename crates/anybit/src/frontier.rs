@@ -43,6 +43,14 @@ pub fn frontier(
     cache: &Path,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Frontier> {
+    if recipe.rounding()?.allocation().is_none() {
+        return Err(Error::Usage(format!(
+            "{} has one width per linear, so there is nothing to allocate; methods with a frontier: \
+             {}",
+            recipe.method,
+            methods::allocating().join(", ")
+        )));
+    }
     let calibration = crate::quantize::calibrate(checkpoint, recipe)?;
     let transformed = transforms::prepare(checkpoint, recipe, &calibration, cache, observe)?;
     let checkpoint = transformed.as_ref().map_or(checkpoint, |t| &t.checkpoint);
@@ -52,14 +60,6 @@ pub fn frontier(
     for bits in bits {
         let recipe = Recipe { bits: *bits, max_bytes: None, ..recipe.clone() };
         let rounding = recipe.rounding()?;
-        if rounding.allocation().is_none() {
-            return Err(Error::Usage(format!(
-                "{} has one width per linear, so there is nothing to allocate; methods with a \
-                 frontier: {}",
-                recipe.method,
-                methods::allocating().join(", ")
-            )));
-        }
         let mut plan = Plan::new(checkpoint, &recipe, None)?;
         if known.is_none() {
             checkpoint.check_finite()?;

@@ -102,29 +102,64 @@ const SUPPORTED: [Dtype; 14] = [
     Dtype::IQ4_NL,
 ];
 
-/// ggml's name for a type that we do not read.
-fn foreign_type(id: u32) -> &'static str {
-    match id {
-        9 => "Q8_1",
-        15 => "Q8_K",
-        16 => "IQ2_XXS",
-        17 => "IQ2_XS",
-        18 => "IQ3_XXS",
-        19 => "IQ1_S",
-        21 => "IQ3_S",
-        22 => "IQ2_S",
-        23 => "IQ4_XS",
-        24..=27 => "an integer type",
-        28 => "F64",
-        29 => "IQ1_M",
-        34 => "TQ1_0",
-        35 => "TQ2_0",
-        39 => "MXFP4",
-        40 => "NVFP4",
-        41 => "Q1_0",
-        42 => "Q2_0",
-        _ => "an unknown type",
+/// ggml's types that we do not read: id, name, elements and bytes of a block.
+const FOREIGN: [(u32, &str, usize, usize); 13] = [
+    (9, "Q8_1", 32, 36),
+    (15, "Q8_K", 256, 292),
+    (16, "IQ2_XXS", 256, 66),
+    (17, "IQ2_XS", 256, 74),
+    (18, "IQ3_XXS", 256, 98),
+    (19, "IQ1_S", 256, 50),
+    (21, "IQ3_S", 256, 110),
+    (22, "IQ2_S", 256, 82),
+    (23, "IQ4_XS", 256, 136),
+    (29, "IQ1_M", 256, 56),
+    (34, "TQ1_0", 256, 54),
+    (35, "TQ2_0", 256, 66),
+    (39, "MXFP4", 32, 17),
+];
+
+/// Elements and bytes of a block of a type, read by us or not.
+fn block(id: u32) -> Option<(usize, usize)> {
+    let ours = SUPPORTED.into_iter().find(|d| type_id(*d) == id);
+    let ours = ours.map(|d| (d.block_len(), d.block_bytes()));
+    ours.or_else(|| FOREIGN.iter().find(|t| t.0 == id).map(|t| (t.2, t.3)))
+}
+
+/// Bytes of all tensors of a file, whatever their types; arguments as of [`parse`].
+///
+/// # Errors
+/// As [`parse`]; types whose size is unknown too.
+pub fn tensor_bytes(bytes: &[u8], path: &Path) -> Result<u64> {
+    let mut cursor = Cursor { bytes, pos: 0, path, elements_left: MAX_ELEMENTS };
+    cursor.version()?;
+    let n_tensors = cursor.count("tensors", MAX_TENSORS)?;
+    let n_keys = cursor.count("metadata keys", MAX_KEYS)?;
+    cursor.metadata(n_keys)?;
+    let mut total = 0u64;
+    for _ in 0..n_tensors {
+        let (name, shape) = cursor.tensor_shape()?;
+        let id = cursor.u32(&name)?;
+        cursor.u64(&name)?;
+        let (len, size) = block(id).ok_or_else(|| {
+            let what = format!("tensor {name} is of type {id}, whose size is unknown");
+            IoError::unsupported(path, what)
+        })?;
+        let bytes = bytes_of(&shape, len, size).ok_or_else(|| {
+            cursor.damaged(format!("tensor {name}: shape {shape:?} does not fit"))
+        })?;
+        total += bytes as u64;
     }
+    Ok(total)
+}
+
+/// Bytes of a tensor of blocks; `None` when rows are no whole number of them or memory cannot hold
+/// it.
+fn bytes_of(shape: &[usize], block_len: usize, block_bytes: usize) -> Option<usize> {
+    let row = shape.last().copied().unwrap_or(1);
+    let len = shape.iter().try_fold(1usize, |product, &d| product.checked_mul(d))?;
+    row.is_multiple_of(block_len).then_some(())?;
+    (len / block_len).checked_mul(block_bytes)
 }
 
 /// Parses the header of the file whose bytes, data included, are `bytes`; `path` is for messages.
@@ -354,8 +389,8 @@ impl<'a> Cursor<'a> {
         (0..n).map(|_| self.value(kind, depth + 1, key)).collect()
     }
 
-    /// A tensor's name, shape and type, with its offset into the data.
-    fn tensor_info(&mut self) -> Result<TensorInfo> {
+    /// A tensor's name and shape, with which its record starts.
+    fn tensor_shape(&mut self) -> Result<(String, Vec<usize>)> {
         let name = self.string(MAX_NAME, "a tensor name")?;
         let n_dims = self.u32(&name)?;
         if n_dims > MAX_DIMS {
@@ -370,6 +405,12 @@ impl<'a> Cursor<'a> {
             })?);
         }
         shape.reverse();
+        Ok((name, shape))
+    }
+
+    /// A tensor's name, shape and type, with its offset into the data.
+    fn tensor_info(&mut self) -> Result<TensorInfo> {
+        let (name, shape) = self.tensor_shape()?;
         let dtype = self.dtype(&name)?;
         let offset = usize::try_from(self.u64(&name)?)
             .map_err(|_| self.damaged(format!("tensor {name}: its offset is beyond any file")))?;
@@ -379,10 +420,7 @@ impl<'a> Cursor<'a> {
                 "tensor {name}: rows of {row} are no whole number of {dtype:?} blocks"
             )));
         }
-        let bytes = shape
-            .iter()
-            .try_fold(1usize, |product, &d| product.checked_mul(d))
-            .and_then(|len| (len / dtype.block_len()).checked_mul(dtype.block_bytes()))
+        let bytes = bytes_of(&shape, dtype.block_len(), dtype.block_bytes())
             .ok_or_else(|| self.damaged(format!("tensor {name}: shape {shape:?} is too large")))?;
         Ok(TensorInfo { name, dtype, shape, offset, bytes })
     }
@@ -390,10 +428,11 @@ impl<'a> Cursor<'a> {
     fn dtype(&mut self, tensor: &str) -> Result<Dtype> {
         let id = self.u32(tensor)?;
         SUPPORTED.into_iter().find(|d| type_id(*d) == id).ok_or_else(|| {
+            let foreign = FOREIGN.iter().find(|t| t.0 == id);
             let what = format!(
                 "tensor {tensor} is stored as {} (type {id}), which is not supported; supported: \
                  {}; take another file of this model, or convert it again to one of these",
-                foreign_type(id),
+                foreign.map_or("an unknown type", |t| t.1),
                 SUPPORTED.map(|d| format!("{d:?}")).join(", "),
             );
             IoError::unsupported(self.path, what)
@@ -529,6 +568,21 @@ mod tests {
         tensor(&mut b, "same", &[8], 0, 32);
         b.resize(b.len() + 512, 0);
         assert!(message(&b).contains("two tensors are called same"));
+    }
+
+    #[test]
+    fn bytes_of_types_that_cannot_be_read_are_known() {
+        let mut b = start(3, 0);
+        tensor(&mut b, "a", &[256, 2], 21, 0);
+        tensor(&mut b, "b", &[32, 3], 8, 0);
+        tensor(&mut b, "c", &[5], 0, 0);
+        let path = Path::new("x.gguf");
+        assert_eq!(tensor_bytes(&b, path).unwrap(), 2 * 110 + 3 * 34 + 5 * 4);
+        for (dims, kind, says) in [(&[255u64][..], 21, "does not fit"), (&[256], 99, "type 99")] {
+            let mut b = start(1, 0);
+            tensor(&mut b, "t", dims, kind, 0);
+            assert!(tensor_bytes(&b, path).unwrap_err().to_string().contains(says), "{says}");
+        }
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub struct Args {
     #[arg(long, default_value_t = 512)]
     ctx: usize,
 
-    /// Tokens to score at most.
+    /// Tokens to score at most; one window at least.
     #[arg(long, value_name = "N", default_value_t = 512)]
     limit_tokens: usize,
 

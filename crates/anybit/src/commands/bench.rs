@@ -35,8 +35,9 @@ pub struct Args {
     #[arg(long = "gen", value_name = "N", default_value_t = 128)]
     generate: usize,
 
-    /// Sequences decoded together, each number a test of its own; 1 is always among them.
-    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1usize, 8])]
+    /// Sequences decoded together, each number a test of its own, separated by commas; 1 is always
+    /// among them.
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',', default_values_t = [1usize, 8])]
     batch: Vec<usize>,
 
     /// How keys and values are cached where the model does not say it.

@@ -26,8 +26,8 @@ pub struct Args {
     #[arg(long)]
     force: bool,
 
-    /// Widths.
-    #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4],
+    /// Widths, separated by commas.
+    #[arg(long, value_name = "B,B,…", value_delimiter = ',', default_values_t = [2, 3, 4],
         value_parser = clap::value_parser!(u8).range(2..=8))]
     bits: Vec<u8>,
 

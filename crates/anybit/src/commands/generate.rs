@@ -30,7 +30,7 @@ pub struct Args {
     prompt: String,
 
     /// System message of the chat template.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
 
     /// Continue the prompt as it is, without the chat template.
@@ -107,7 +107,7 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
             // The template writes its own special tokens.
             tokenizer.encode(&template.render(&messages, true)?, false)?
         }
-        None if args.system.is_some() && !args.raw => {
+        None if args.system.is_some() => {
             return Err(Error::Usage("--system needs a model with a chat template".into()));
         }
         None => tokenizer.encode(&prompt, true)?,

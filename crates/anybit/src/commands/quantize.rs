@@ -16,8 +16,8 @@ use super::recipe::RecipeArgs;
 
 /// Quantize a model and write it packed, with a report.
 ///
-/// Every flag is a key of the recipe of the same name; flags win over --recipe. The resolved
-/// recipe is stored in the output.
+/// Flags win over --recipe. The recipe with every default filled in is stored in the output, and can
+/// be given again.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -53,7 +53,7 @@ pub struct Args {
 
     /// What --bits counts: codes alone, as papers do, or everything that is stored [default:
     /// codes].
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, conflicts_with_all = ["max_bytes", "match_file"])]
     count: Option<CountArg>,
 
     /// Most bytes of the weight files, everything in them counted, such as 60MiB or 90MB; for
@@ -119,15 +119,15 @@ enum CountArg {
 impl Args {
     fn recipe(&self) -> Result<Recipe> {
         let mut r = self.recipe.read()?;
-        if self.bits.is_some() || self.count.is_some() {
+        if self.bits.is_some() || self.count.is_some() || self.preset.is_some() {
             // One goal: a flag takes the place of the recipe's size.
             r.max_bytes = None;
         }
         if let Some(preset) = self.preset {
             let (bits, a_bits, kv_bits) = preset.bits();
             r.bits = bits;
-            r.a_bits = r.a_bits.or(Some(a_bits));
-            r.kv_bits = r.kv_bits.or(Some(kv_bits));
+            r.a_bits = self.recipe.a_bits.or(Some(a_bits));
+            r.kv_bits = self.recipe.kv_bits.or(Some(kv_bits));
         }
         r.bits = self.bits.unwrap_or(r.bits);
         match self.count {
@@ -137,7 +137,7 @@ impl Args {
         }
         r.max_bytes = self.max_bytes.or(r.max_bytes);
         if let Some(path) = &self.match_file {
-            r.max_bytes = Some(Checkpoint::open(path)?.tensor_bytes());
+            r.max_bytes = Some(Checkpoint::tensor_bytes_at(path)?);
         }
         if self.max_bytes.is_some() || self.match_file.is_some() {
             r.count = Count::Codes;

@@ -34,11 +34,12 @@ pub struct RecipeArgs {
     /// Bits of the inputs of linears, 2 to 8, or 16 for none [default: 16; 4 when --method names a
     /// transform].
     #[arg(long, value_name = "B")]
-    a_bits: Option<u8>,
+    pub a_bits: Option<u8>,
 
-    /// Bits of keys and values in the cache, 2 to 8, or 16 for none [default: as --a-bits].
+    /// Bits of keys and values in the cache, 2 to 8, or 16 for none [default: 16; 4 when --method
+    /// names a transform].
     #[arg(long, value_name = "B")]
-    kv_bits: Option<u8>,
+    pub kv_bits: Option<u8>,
 
     /// Asymmetric grids for the inputs of linears, or symmetric with =false [default: the
     /// transform's own].

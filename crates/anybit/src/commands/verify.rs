@@ -11,7 +11,8 @@ use super::output::{Terminal, write_json};
 
 /// Check a packed checkpoint: hashes, shapes, code ranges, finite scales, decoded values.
 ///
-/// With the original model, also that each recorded error is the real one.
+/// With the model that was rounded (the original, or behind a transform the transformed one in the
+/// cache), also that each recorded error is the real one.
 #[derive(clap::Args)]
 #[command(after_help = "Example: anybit verify model-4bit --reference model")]
 pub struct Args {
