@@ -18,8 +18,7 @@ impl RopeTable {
 
     /// Extends the table to at least `positions`.
     pub fn grow(&mut self, positions: usize) {
-        let pairs = self.frequencies.len();
-        for position in self.turns.len() / pairs.max(1)..positions {
+        for position in self.positions()..positions {
             self.turns.extend(self.frequencies.iter().map(|f| {
                 let (sin, cos) = (position as f64 * f).sin_cos();
                 (cos as f32, sin as f32)
@@ -27,7 +26,15 @@ impl RopeTable {
         }
     }
 
+    /// Positions that the table has.
+    pub fn positions(&self) -> usize {
+        self.turns.len() / self.frequencies.len().max(1)
+    }
+
     /// Turns every head of one token in place; `x` is `[heads, 2·pairs]`.
+    ///
+    /// # Panics
+    /// When the table is shorter than `position`.
     pub fn rotate(&self, x: &mut [f32], position: usize) {
         let pairs = self.frequencies.len();
         let turns = &self.turns[position * pairs..(position + 1) * pairs];

@@ -67,7 +67,7 @@ impl Decoder {
     pub fn weight_bytes(&self) -> usize {
         let tied = Arc::ptr_eq(&self.embedding, &self.head.weight);
         let embedding = if tied { 0 } else { self.embedding.stored_bytes() };
-        self.linears().map(Linear::stored_bytes).sum::<usize>() + embedding
+        self.linears().map(Linear::held_bytes).sum::<usize>() + embedding
     }
 
     fn linears(&self) -> impl Iterator<Item = &Linear> {
@@ -97,7 +97,8 @@ impl Decoder {
     /// for the head) in `hidden`, `[tokens, hidden]`.
     ///
     /// # Errors
-    /// The context is full, or a token is outside the vocabulary.
+    /// The cache or the context that the decoder was loaded for is full, or a token is outside the
+    /// vocabulary.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -107,8 +108,9 @@ impl Decoder {
     ) -> Result<()> {
         let d = self.config.hidden_size;
         let needed = kv.len + tokens.len();
-        if needed > kv.capacity {
-            return Err(RuntimeError::ContextFull { needed, capacity: kv.capacity });
+        let capacity = kv.capacity.min(self.rope.positions());
+        if needed > capacity {
+            return Err(RuntimeError::ContextFull { needed, capacity });
         }
         hidden.resize(tokens.len() * d, 0.0);
         let mut len = kv.len;
@@ -142,8 +144,9 @@ impl Decoder {
         hidden: &mut Vec<f32>,
     ) -> Result<()> {
         assert_eq!(tokens.len(), caches.len(), "a token for each sequence");
-        if let Some(full) = caches.iter().find(|cache| cache.len == cache.capacity) {
-            let (needed, capacity) = (full.len + 1, full.capacity);
+        let capacity = |cache: &KvCache| cache.capacity.min(self.rope.positions());
+        if let Some(full) = caches.iter().find(|cache| cache.len >= capacity(cache)) {
+            let (needed, capacity) = (full.len + 1, capacity(full));
             return Err(RuntimeError::ContextFull { needed, capacity });
         }
         hidden.resize(tokens.len() * self.config.hidden_size, 0.0);

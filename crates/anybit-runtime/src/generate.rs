@@ -46,7 +46,7 @@ pub struct Generated {
     pub finish: Finish,
     /// Seconds to read the prompt.
     pub prefill_s: f64,
-    /// Seconds to generate.
+    /// Seconds to generate; the first token comes from the prompt's own pass.
     pub decode_s: f64,
 }
 
@@ -76,7 +76,7 @@ pub fn generate(
     let prefill_s = started.elapsed().as_secs_f64();
     let started = Instant::now();
     let finish = loop {
-        if tokens.len() == options.max_tokens {
+        if options.max_tokens == 0 {
             break Finish::Length;
         }
         let token = sampler.sample(logits);
@@ -92,6 +92,9 @@ pub fn generate(
             if outcome.stopped {
                 break Finish::Stop;
             }
+        }
+        if tokens.len() == options.max_tokens {
+            break Finish::Length;
         }
         if session.len() == session.capacity() {
             break Finish::ContextFull;

@@ -115,8 +115,10 @@ impl Linear {
     }
 
     /// Bytes of the weight in memory, all forms of it.
-    pub fn stored_bytes(&self) -> usize {
-        self.weight.stored_bytes() + self.integer.as_ref().map_or(0, |coded| coded.stored_bytes())
+    pub fn held_bytes(&self) -> usize {
+        let packed = self.packed.as_ref().map(|packed| packed.held_bytes());
+        let coded = self.integer.as_ref().map_or(0, |coded| coded.stored_bytes());
+        packed.unwrap_or_else(|| self.weight.stored_bytes()) + coded
     }
 
     /// Applies it to `x`, `[tokens, in]`.

@@ -1,6 +1,8 @@
 //! Choosing the next token: penalty, then temperature, then top-k, top-p and min-p, then a draw.
 //! The order is that of Hugging Face's logits processors.
 
+use std::cmp::Ordering;
+
 use anybit_core::rng::SplitMix64;
 use serde::{Deserialize, Serialize};
 
@@ -101,10 +103,11 @@ impl Sampler {
             return argmax(logits);
         }
         self.candidates.clear();
-        let scaled = logits.iter().enumerate().map(|(i, l)| (l / o.temperature, i as u32));
+        // Relative to the largest, which no temperature takes beyond what f32 holds.
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let scaled = logits.iter().enumerate().map(|(i, l)| ((l - max) / o.temperature, i as u32));
         self.candidates.extend(scaled);
         self.keep_top_k();
-        let by_logit = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
         if o.top_p < 1.0 || o.min_p > 0.0 {
             self.candidates.sort_unstable_by(by_logit);
         }
@@ -116,7 +119,6 @@ impl Sampler {
     fn keep_top_k(&mut self) {
         let k = self.options.top_k;
         if k > 0 && k < self.candidates.len() {
-            let by_logit = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
             self.candidates.select_nth_unstable_by(k - 1, by_logit);
             self.candidates.truncate(k);
             self.candidates.sort_unstable_by(by_logit);
@@ -162,6 +164,11 @@ impl Sampler {
         // Only rounding leads here: the last candidate holds the rest.
         self.candidates.last().map_or(0, |c| c.1)
     }
+}
+
+/// Most probable first, ties by token.
+fn by_logit(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
+    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
 }
 
 /// Index of the largest value, the first of equals.

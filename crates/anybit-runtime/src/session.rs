@@ -62,7 +62,7 @@ impl<'a> Session<'a> {
     /// Reads `tokens` and returns the logits that follow the last of them, `[vocab]`.
     ///
     /// # Errors
-    /// As [`Self::hidden`]; also when the logits are not finite.
+    /// As [`Self::hidden`]; also when a logit is NaN.
     pub fn step(&mut self, tokens: &[u32]) -> Result<&mut [f32]> {
         self.hidden(tokens)?;
         let d = self.decoder.config.hidden_size;
@@ -128,7 +128,9 @@ impl<'a> BatchSession<'a> {
     }
 
     /// Reads the next token of each sequence and returns the logits that follow them,
-    /// `[sequences, vocab]`: for each sequence the same bits as a [`Session`] of its own.
+    /// `[sequences, vocab]`: for each sequence the same bits as a [`Session`] of its own, as long as
+    /// kernels take tokens one by one (packed weights up to 32 sequences or with AVX-512 any number,
+    /// dense ones up to 4 or 24); GEMM adds in another order.
     ///
     /// # Errors
     /// The context of a sequence is full, a token is outside the vocabulary, logits are NaN.

@@ -371,7 +371,9 @@ fn prepare(
         }
         let operands = &mut scratch.operands[firsts[at]..][..weight.column_groups];
         if isa == Isa::Avx512 && weight.planes.iter().any(|p| matches!(p, KernelPlane::Affine(_))) {
+            // Another product of the same input may have laid its tokens side by side.
             operands.iter_mut().for_each(|x| match width(isa, x.tokens) {
+                width if width == x.width => {}
                 WIDE_TOKENS if x.is_coded() => x.widen_bytes(WIDE_TOKENS),
                 width => x.widen(width),
             });

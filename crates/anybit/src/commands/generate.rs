@@ -150,7 +150,7 @@ pub fn run(args: Args, terminal: &Terminal) -> Result<()> {
         result.prompt_tokens,
         rate(result.prompt_tokens, result.prefill_s),
         result.tokens.len(),
-        rate(result.tokens.len(), result.decode_s),
+        rate(result.tokens.len().saturating_sub(1), result.decode_s),
         result.finish,
     ));
     Ok(())

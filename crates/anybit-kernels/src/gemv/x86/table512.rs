@@ -207,8 +207,9 @@ fn load_tables<const BITS: usize>(plane: &TablePlane, row: usize, tables: &mut T
         return;
     }
     for (part, table) in tables[..entries / 32].iter_mut().enumerate() {
+        let (low, high) = (&low[32 * part..][..32], &high[32 * part..][..32]);
         // SAFETY: 32 bytes of either side are there.
-        let (low, high) = unsafe { (load(&low[32 * part]), load(&high[32 * part])) };
+        let (low, high) = unsafe { (load(low.as_ptr()), load(high.as_ptr())) };
         let high = _mm512_slli_epi16::<8>(_mm512_cvtepu8_epi16(high));
         *table = _mm512_or_si512(_mm512_cvtepu8_epi16(low), high);
     }
