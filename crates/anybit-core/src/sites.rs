@@ -47,6 +47,15 @@ impl Site {
         Self::DownInput,
     ];
 
+    /// Those that feed linears.
+    pub const INPUTS: [Self; 4] =
+        [Self::AttnInput, Self::AttnOutput, Self::MlpInput, Self::DownInput];
+
+    /// Its name in block `layer`.
+    pub fn full_name(self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.name())
+    }
+
     /// Its name in files and reports.
     pub fn name(self) -> &'static str {
         match self {

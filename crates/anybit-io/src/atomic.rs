@@ -168,9 +168,12 @@ impl PartialFolder {
         self.keep = true;
     }
 
-    /// From now on the folder does not survive an error: nothing is left to resume.
-    pub fn discard(&mut self) {
-        self.keep = false;
+    /// Whether the place is free, or may be replaced.
+    ///
+    /// # Errors
+    /// It is taken: another run may have finished meanwhile.
+    pub fn check_free(&self) -> Result<()> {
+        check_absent(&self.target, self.force)
     }
 
     /// Moves the folder to its place, replacing what is there.
@@ -178,8 +181,7 @@ impl PartialFolder {
     /// # Errors
     /// What the operating system refuses.
     pub fn finish(mut self) -> Result<()> {
-        // Another run may have finished meanwhile.
-        check_absent(&self.target, self.force)?;
+        self.check_free()?;
         let fail = |e| IoError::file("create", &self.target, e);
         let _ = fs::remove_file(self.path.join("lock"));
         let old = with_suffix(&self.target, ".partial-replaced");

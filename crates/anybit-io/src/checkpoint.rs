@@ -173,7 +173,7 @@ impl Checkpoint {
         let mut sites = BlockSites::default();
         let Some(manifest) = self.manifest() else { return Ok(sites) };
         for site in Site::ALL {
-            let name = format!("model.layers.{layer}.{}", site.name());
+            let name = site.full_name(layer);
             if let Some(record) = manifest.sites.get(&name) {
                 *sites.at_mut(site) = record.load(&name, self.config.site_size(site), self)?;
             }

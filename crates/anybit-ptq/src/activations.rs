@@ -25,11 +25,12 @@ pub fn site_records(
     let tiers = recipe.rounding()?.needs().tiers;
     for layer in 0..checkpoint.config.num_layers {
         for site in Site::ALL {
-            let name = format!("model.layers.{layer}.{}", site.name());
+            let name = site.full_name(layer);
             let fitted = checkpoint.manifest().and_then(|m| m.sites.get(&name));
             let mut record = fitted.cloned().unwrap_or_default();
             let cols = checkpoint.config.site_size(site);
-            record.quantizer = quantizer(recipe, &name, (site, cols), &record, tiers);
+            let bits = recipe.site_bits(layer, site);
+            record.quantizer = quantizer(recipe, (site, cols), bits, &record, tiers);
             if let Some(quantizer) = &record.quantizer {
                 let named = |e| PtqError::Recipe(format!("{name}: {e}"));
                 quantizer.validate(cols).map_err(named)?;
@@ -42,20 +43,16 @@ pub fn site_records(
     Ok(records)
 }
 
-/// The quantizer of a site with rows of `cols`; `tiers`: whether weights behind it may be split.
+/// The quantizer of a site with rows of `cols` at `bits`; `tiers`: whether weights behind it may be split.
 fn quantizer(
     recipe: &Recipe,
-    name: &str,
     (site, cols): (Site, usize),
+    bits: u8,
     record: &SiteRecord,
     tiers: bool,
 ) -> Option<ActivationQuantizer> {
     let cache = matches!(site, Site::Key | Site::Value);
-    let (bits, clip) = match site {
-        Site::Query => return None,
-        _ if cache => (recipe.kv_bits(), recipe.kv_clip),
-        _ => (recipe.a_bits_of(name), recipe.a_clip),
-    };
+    let clip = if cache { recipe.kv_clip } else { recipe.a_clip };
     if bits == UNQUANTIZED {
         return None;
     }

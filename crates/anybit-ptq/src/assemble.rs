@@ -18,8 +18,7 @@ use crate::journal::{Journal, block_name};
 use crate::plan::{EMBEDDING, HEAD};
 use crate::{Calibration, Plan, Recipe, Result};
 
-/// Writes the weight files, `config.json`, the manifest and the tokenizer into `folder`, and
-/// removes the journal.
+/// Writes the weight files, `config.json`, the manifest and the tokenizer into `folder`.
 ///
 /// # Errors
 /// What reading and writing report.
@@ -28,7 +27,7 @@ pub fn write(
     recipe: &Recipe,
     plan: &Plan,
     calibration: &Calibration,
-    journal: Journal,
+    journal: &Journal,
     folder: &Path,
     observe: &mut dyn FnMut(Event),
 ) -> Result<()> {
@@ -85,7 +84,6 @@ pub fn write(
     });
     write_descriptions(&checkpoint.config, &plan.files, &manifest, &summary, folder)?;
     copy_text_files(checkpoint, folder)?;
-    journal.remove();
     Ok(())
 }
 

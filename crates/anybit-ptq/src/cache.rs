@@ -14,7 +14,7 @@ use crate::Result;
 
 /// Raised whenever the same inputs give other contents, so that those of an older program are not
 /// taken for this one's.
-const VERSION: &str = "1";
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " 2");
 
 /// One folder of the cache.
 #[derive(Debug, Clone)]

@@ -90,8 +90,25 @@ pub struct Quantized {
     /// Sum of the errors that the tables predicted for the grids that were chosen, where rows are
     /// allocated.
     pub predicted: Option<f64>,
-    /// The folder, not yet in its place: reports may be added before [`PartialFolder::finish`].
-    pub folder: PartialFolder,
+    folder: PartialFolder,
+    journal: Journal,
+}
+
+impl Quantized {
+    /// The folder, not yet in its place: reports may be added before [`Self::finish`].
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Puts the folder in its place. Until then the run can be resumed.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub fn finish(self) -> Result<()> {
+        self.folder.check_free()?;
+        self.journal.remove();
+        Ok(self.folder.finish()?)
+    }
 }
 
 /// Quantizes `checkpoint` as `plan` says.
@@ -144,9 +161,10 @@ pub fn quantize(
     };
     let monitored = run.blocks(calibration, options, &mut folder, observe)?;
     let blocks = run.journal.blocks().to_vec();
-    assemble::write(checkpoint, &recipe, &plan, calibration, run.journal, folder.path(), observe)?;
-    folder.discard();
-    Ok(Quantized { blocks, monitored, weight_bytes: plan.weight_bytes(), predicted, folder })
+    let journal = run.journal;
+    assemble::write(checkpoint, &recipe, &plan, calibration, &journal, folder.path(), observe)?;
+    let weight_bytes = plan.weight_bytes();
+    Ok(Quantized { blocks, monitored, weight_bytes, predicted, folder, journal })
 }
 
 /// What is measured on the original model before rows are allocated.
@@ -311,7 +329,7 @@ impl Run<'_> {
     /// Puts the quantizers of activations and cache in place.
     fn equip(&self, index: usize, layer: &mut DecoderLayer) -> Result<()> {
         for site in anybit_core::Site::ALL {
-            let record = self.plan.sites.get(&format!("model.layers.{index}.{}", site.name()));
+            let record = self.plan.sites.get(&site.full_name(index));
             layer.sites.at_mut(site).quantizer = record.and_then(|r| r.quantizer.clone());
         }
         Ok(())

@@ -4,8 +4,8 @@
 //! | file | holds |
 //! |---|---|
 //! | `journal.json` | identity of the run, number of finished blocks, their records |
-//! | `block-NNN.safetensors` | packed matrices of a finished block |
-//! | `inputs-NNN.bin` | streams that enter block NNN |
+//! | `journal/block-NNN.safetensors` | packed matrices of a finished block |
+//! | `journal/inputs-NNN.bin` | streams that enter block NNN |
 //!
 //! A block's files are complete before the journal counts it: the rename of `journal.json` is the
 //! moment at which the block is done.
@@ -28,6 +28,9 @@ use crate::{Plan, PtqError, Recipe, Result};
 /// What makes two runs the same run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
+    /// The program: another one may round otherwise.
+    #[serde(default)]
+    pub version: String,
     /// The resolved recipe.
     pub recipe: Recipe,
     /// Hash of the source's configuration and tensors.
@@ -43,7 +46,8 @@ impl Identity {
     pub fn new((recipe, source): (&Recipe, String), plan: &Plan, tokens: &[&[Vec<u32>]]) -> Self {
         let layouts: Vec<_> = plan.matrices.iter().map(|m| (&m.tensor, &m.layout)).collect();
         let layouts = blake3::hash(format!("{layouts:?}").as_bytes()).to_hex().to_string();
-        Self { recipe: recipe.clone(), source, tokens: hash_tokens(tokens), layouts }
+        let (version, tokens) = (crate::cache::VERSION.to_string(), hash_tokens(tokens));
+        Self { version, recipe: recipe.clone(), source, tokens, layouts }
     }
 }
 
@@ -91,6 +95,8 @@ struct State {
 
 /// The journal of one run.
 pub struct Journal {
+    path: PathBuf,
+    /// Of everything that is large.
     folder: PathBuf,
     state: State,
 }
@@ -101,17 +107,19 @@ impl Journal {
     /// # Errors
     /// [`PtqError::Resume`] when the run that is there was another one.
     pub fn open(folder: &Path, identity: Identity, resume: bool) -> Result<Self> {
-        let path = folder.join("journal.json");
+        let (path, folder) = (folder.join("journal.json"), folder.join("journal"));
+        fs::create_dir_all(&folder).map_err(|e| IoError::file("create", &folder, e))?;
         let (records, folded) = (BTreeMap::new(), BTreeMap::new());
         let fresh = State { identity, finished: 0, records, folded, blocks: Vec::new() };
         if !(resume && path.exists()) {
-            return Ok(Self { folder: folder.to_owned(), state: fresh });
+            return Ok(Self { path, folder, state: fresh });
         }
         let text = fs::read_to_string(&path).map_err(|e| IoError::file("read", &path, e))?;
         let state: State =
             serde_json::from_str(&text).map_err(|e| IoError::damaged(&path, e.to_string()))?;
         let (then, now) = (&state.identity, &fresh.identity);
         let differs = match () {
+            () if then.version != now.version => Some("version of anybit"),
             () if then.recipe != now.recipe => Some("recipe"),
             () if then.source != now.source => Some("model"),
             () if then.tokens != now.tokens => Some("text"),
@@ -120,7 +128,7 @@ impl Journal {
         };
         match differs {
             Some(what) => Err(PtqError::Resume { path, what }),
-            None => Ok(Self { folder: folder.to_owned(), state }),
+            None => Ok(Self { path, folder, state }),
         }
     }
 
@@ -228,8 +236,8 @@ impl Journal {
     /// What the system refuses.
     pub fn save(&self) -> Result<()> {
         let text = serde_json::to_vec(&self.state)
-            .map_err(|e| IoError::damaged(&self.folder, e.to_string()))?;
-        Ok(atomic::write_bytes(&self.folder.join("journal.json"), &text)?)
+            .map_err(|e| IoError::damaged(&self.path, e.to_string()))?;
+        Ok(atomic::write_bytes(&self.path, &text)?)
     }
 
     /// The stored parts written under `name`, by tensor name.
@@ -246,18 +254,8 @@ impl Journal {
     /// Removes everything that belongs to the journal.
     pub fn remove(self) {
         // First of all: a journal without its files could not be resumed.
-        let _ = fs::remove_file(self.folder.join("journal.json"));
-        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
-        for path in entries.map(|e| e.path()) {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let ours = name.starts_with("block-")
-                || name.starts_with("inputs-")
-                || name == "embedding.safetensors"
-                || name == "head.safetensors";
-            if ours {
-                let _ = fs::remove_file(path);
-            }
-        }
+        let _ = fs::remove_file(&self.path);
+        let _ = fs::remove_dir_all(&self.folder);
     }
 }
 

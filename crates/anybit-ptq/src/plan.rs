@@ -286,14 +286,14 @@ fn check_names(recipe: &Recipe, config: &ModelConfig, problems: &mut Vec<String>
                 .push(format!("pattern {pattern:?} matches no linear (names look like {example})"));
         }
     }
-    let site_names: Vec<String> = (0..config.num_layers)
-        .flat_map(|l| Site::ALL.map(|site| format!("model.layers.{l}.{}", site.name())))
-        .collect();
+    let site_names: Vec<String> =
+        (0..config.num_layers).flat_map(|l| Site::INPUTS.map(|site| site.full_name(l))).collect();
     for pattern in recipe.sites.keys() {
         if !site_names.iter().any(|name| crate::recipe::matches(pattern, name)) {
             let example = &site_names[site_names.len() - 1];
-            problems
-                .push(format!("pattern {pattern:?} matches no site (names look like {example})"));
+            problems.push(format!(
+                "pattern {pattern:?} matches no input of linears (names look like {example})"
+            ));
         }
     }
     if recipe.head_bits.is_some() && config.tie_embeddings {

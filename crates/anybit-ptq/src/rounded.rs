@@ -80,13 +80,15 @@ pub struct SiteWeights<'a> {
 /// of the largest and of the smallest weight of a row.
 pub type Clips = BTreeMap<String, Matrix>;
 
-/// Clips every row to its range.
-fn clip_rows(weights: &Matrix, clips: &Matrix) -> Matrix {
+/// Clips what shares a scale, `group` columns of a row, to its range: what was trained with.
+fn clip_rows(weights: &Matrix, clips: &Matrix, group: usize) -> Matrix {
     let mut clipped = weights.clone();
     let rows = clipped.data.chunks_exact_mut(weights.cols.max(1));
     for (row, clip) in rows.zip(clips.data.chunks_exact(2)) {
-        let (lo, hi) = row.iter().fold((0f32, 0f32), |(lo, hi), w| (lo.min(*w), hi.max(*w)));
-        row.iter_mut().for_each(|w| *w = w.clamp(lo * clip[1], hi * clip[0]));
+        for part in row.chunks_mut(group) {
+            let (lo, hi) = part.iter().fold((0f32, 0f32), |(lo, hi), w| (lo.min(*w), hi.max(*w)));
+            part.iter_mut().for_each(|w| *w = w.clamp(lo * clip[1], hi * clip[0]));
+        }
     }
     clipped
 }
@@ -109,12 +111,11 @@ impl<'a> SiteWeights<'a> {
             let Some(matrix) = plan.matrix(&tensor) else { continue };
             let original = Matrix::from_rows(&*linear_of(layer, &tensor)?.weight);
             // Clips were fitted for grids that end at the extremes.
-            let affine = matches!(
-                matrix.layout.planes[0].0,
-                GridSpec::Uniform { .. } | GridSpec::HalfInteger { .. }
-            );
+            let grid = matrix.layout.planes[0].0;
+            let affine = matches!(grid, GridSpec::Uniform { .. } | GridSpec::HalfInteger { .. });
             let clip = clips.get(*name).filter(|_| affine);
-            clipped.push(clip.map(|clip| clip_rows(&original, clip)));
+            let group = grid.group_len(matrix.cols);
+            clipped.push(clip.map(|clip| clip_rows(&original, clip, group)));
             originals.push(original);
             planned.push((*name, matrix));
         }
@@ -231,4 +232,17 @@ fn linear_of<'a>(
     let name = tensor.splitn(4, '.').nth(3).and_then(|n| n.strip_suffix(".weight"));
     name.and_then(|n| layer.linear_mut(n))
         .ok_or_else(|| PtqError::Recipe(format!("{tensor} is no linear of a block")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_clipped_group_by_group() {
+        let weights = Matrix { rows: 1, cols: 5, data: vec![4.0, -2.0, 1.0, -8.0, 0.5] };
+        let clips = Matrix { rows: 1, cols: 2, data: vec![0.5, 0.75] };
+        assert_eq!(clip_rows(&weights, &clips, 2).data, [2.0, -1.5, 0.5, -6.0, 0.25]);
+        assert_eq!(clip_rows(&weights, &clips, 128).data, [2.0, -2.0, 1.0, -6.0, 0.5]);
+    }
 }

@@ -43,7 +43,7 @@ fn trained(bits: u8) -> PackedModel {
         let quantizer = ActivationQuantizer::half_integer(size, bits, RowScale::Rms);
         let state = SiteState { transform: Some(transform.into()), quantizer: Some(quantizer) };
         for layer in 0..config.num_layers {
-            sites.insert(format!("model.layers.{layer}.{}", site.name()), state.clone());
+            sites.insert(site.full_name(layer), state.clone());
         }
     }
     PackedModel {

@@ -97,16 +97,16 @@ pub fn run(
         cache: options.cache.clone(),
     };
     let done = anybit_ptq::quantize(model, recipe, &plan, &calibration, &run_options, observe)?;
-    let manifest = Manifest::read(done.folder.path())?;
+    let manifest = Manifest::read(done.folder())?;
     let quality = quality(model, &manifest, &done, &run_options.monitor, text_name)?;
     let resolved = recipe.resolved()?;
     let report = Report {
         transform_divergence: preserved,
         ..report(checkpoint, &resolved, &manifest, &done, quality)
     };
-    write_report(done.folder.path(), &report)?;
+    write_report(done.folder(), &report)?;
     let block_seconds = done.blocks.iter().map(|b| b.seconds).collect();
-    done.folder.finish()?;
+    done.finish()?;
     Ok(Outcome { report, block_seconds })
 }
 
@@ -220,7 +220,7 @@ fn quality(
 ) -> Result<Option<Quality>> {
     let Some((original, quantized)) = &done.monitored else { return Ok(None) };
     let head = checkpoint.weight(head_name(checkpoint))?;
-    let packed = packed_head(checkpoint, manifest, done.folder.path())?;
+    let packed = packed_head(checkpoint, manifest, done.folder())?;
     let reference = HiddenStates { states: original, head: &head };
     let model = HiddenStates { states: quantized, head: &packed };
     let (before, after) = compare_hidden(&reference, &model, windows, Convention::Hf)?;

@@ -201,6 +201,21 @@ fn a_full_disk_loses_no_finished_block() {
     }
 }
 
+/// What fails behind the last block costs no block.
+#[test]
+fn a_report_that_cannot_be_written_loses_no_block() {
+    let lab = interrupted("gptq");
+    lab.ok(&large("gptq", "undisturbed"));
+    let again = format!("{} --resume", large("gptq", "out"));
+    let place = lab.path("out.partial/report.json");
+    fs::create_dir_all(place.join("taken")).unwrap();
+    lab.run(&again).refused(OUTPUT, &["report.json"]);
+    assert_eq!(finished(&lab.path("out.partial")), Some(2));
+    fs::remove_dir_all(place).unwrap();
+    lab.ok(&again);
+    assert_same(&lab.path("undisturbed"), &lab.path("out"));
+}
+
 #[test]
 fn without_resume_everything_begins_afresh() {
     let lab = interrupted("gptq");
@@ -265,13 +280,13 @@ fn a_damaged_journal_is_named() {
     let partial = lab.path("out.partial");
     let restore = |name: &str, bytes: &[u8]| fs::write(partial.join(name), bytes).unwrap();
     let files = contents(&partial);
-    for name in ["journal.json", "inputs-002.bin", "block-001.safetensors"] {
+    for name in ["journal.json", "journal/inputs-002.bin", "journal/block-001.safetensors"] {
         let bytes = &files[name];
         restore(name, &bytes[..bytes.len() / 2]);
         lab.run(&resume).refused(INPUT, &[&format!("out.partial/{name}")]);
         restore(name, bytes);
     }
-    for name in ["inputs-002.bin", "block-000.safetensors"] {
+    for name in ["journal/inputs-002.bin", "journal/block-000.safetensors"] {
         fs::remove_file(partial.join(name)).unwrap();
         lab.run(&resume).refused(INPUT, &[&format!("out.partial/{name}")]);
         restore(name, &files[name]);

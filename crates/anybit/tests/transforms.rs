@@ -307,5 +307,13 @@ fn a_fit_serves_the_recipes_that_agree_in_it() {
     let seeded = Recipe { seed: 1, ..recipe(&lab, "resq", "rtn") };
     assert_ne!(transformed(&lab, &seeded, "cache"), first);
     assert_eq!(entries(&lab.path("cache")).len(), 2);
+    // Where bits are part of the fit, so are those of single sites and linears.
+    for name in ["flatquant", "spinquant"] {
+        let cache = format!("cache-{name}");
+        let plain = recipe(&lab, name, "rtn");
+        let mut own = plain.clone();
+        own.sites.insert("*.down_input".into(), 8);
+        assert_ne!(transformed(&lab, &plain, &cache), transformed(&lab, &own, &cache));
+    }
     assert!(Calibration::none().sequences.is_empty());
 }

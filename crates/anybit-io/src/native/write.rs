@@ -224,7 +224,7 @@ mod tests {
             let quantizer = ActivationQuantizer::half_integer(size, bits, scale);
             let state = SiteState { transform: Some(transform.into()), quantizer: Some(quantizer) };
             for layer in 0..config.num_layers {
-                sites.insert(format!("model.layers.{layer}.{}", site.name()), state.clone());
+                sites.insert(site.full_name(layer), state.clone());
             }
         }
         PackedModel {

@@ -19,7 +19,7 @@ mod validate;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anybit_core::{GridSpec, ScaleFit};
+use anybit_core::{GridSpec, ScaleFit, Site};
 use anybit_io::nearest_name;
 use serde::{Deserialize, Serialize};
 
@@ -318,10 +318,18 @@ impl Recipe {
         self.kv_bits.unwrap_or(UNQUANTIZED)
     }
 
-    /// Bits of the input at the site `name`.
-    pub fn a_bits_of(&self, name: &str) -> u8 {
-        let own = self.sites.iter().rfind(|(pattern, _)| matches(pattern, name));
-        own.map(|(_, bits)| *bits).or(self.a_bits).unwrap_or(UNQUANTIZED)
+    /// Bits of what flows at `site` of block `layer`: of an input, its own or those of all; of keys
+    /// and values, those of the cache. [`UNQUANTIZED`] where there is no quantizer.
+    pub fn site_bits(&self, layer: usize, site: Site) -> u8 {
+        match site {
+            Site::Query => UNQUANTIZED,
+            Site::Key | Site::Value => self.kv_bits(),
+            _ => {
+                let name = site.full_name(layer);
+                let own = self.sites.iter().rfind(|(pattern, _)| matches(pattern, &name));
+                own.map(|(_, bits)| *bits).or(self.a_bits).unwrap_or(UNQUANTIZED)
+            }
+        }
     }
 
     /// Parses `KEY=VALUE` of `--set` into the method's options, `transform.KEY=VALUE` into those of

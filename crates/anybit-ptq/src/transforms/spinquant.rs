@@ -98,7 +98,8 @@ impl Transformer for LearnedRotations {
     }
 
     fn fitted_to(&self, recipe: &Recipe) -> String {
-        format!("{:?} {:?} {:?}", recipe.a_bits, recipe.kv_bits, recipe.a_symmetric)
+        let bits = (recipe.a_bits, &recipe.sites, recipe.kv_bits);
+        format!("{bits:?} {:?}", recipe.a_symmetric)
     }
 
     fn fit(&self, model: &Model<'_>, out: &mut TransformWriter<'_>) -> Result<()> {
@@ -162,8 +163,9 @@ impl LearnedRotations {
     fn learn(&self, model: &Model<'_>, out: &mut TransformWriter<'_>) -> Result<Rotations> {
         let config = &model.checkpoint.config;
         let mut rotations = Rotations::start(config, model.recipe.seed);
-        let quantizes = |bits: Option<u8>| bits.is_some_and(|b| b != UNQUANTIZED);
-        if !quantizes(model.recipe.a_bits) && !quantizes(model.recipe.kv_bits) {
+        let quantizes = |(layer, site)| model.recipe.site_bits(layer, site) != UNQUANTIZED;
+        let layers = 0..config.num_layers;
+        if !layers.flat_map(|l| Site::ALL.map(|site| (l, site))).any(quantizes) {
             let what = "spinquant has nothing to learn: activations and cache have 16 bits; give \
                         --a-bits or --kv-bits, or use quarot";
             return Err(PtqError::Recipe(what.into()));
@@ -218,6 +220,7 @@ fn gradients(
         let mut sites = Sites {
             config,
             recipe,
+            layer,
             residual,
             value: (values[layer], value_back),
             keys: keys.clone(),
@@ -248,6 +251,7 @@ fn gradients(
 struct Sites<'a> {
     config: &'a ModelConfig,
     recipe: &'a Recipe,
+    layer: usize,
     residual: Var,
     /// `R₂` and its transpose.
     value: (Var, Var),
@@ -280,28 +284,25 @@ impl Sites<'_> {
             Site::AttnInput | Site::MlpInput => {
                 let turned = tape.matmul(x, self.residual);
                 let cols = vec![self.config.hidden_size];
-                let rounded = self.on_grid(tape, turned, self.recipe.a_bits, cols, true);
+                let rounded = self.on_grid(tape, site, turned, cols);
                 let back = tape.linear(rounded, self.residual, None);
                 let gamma = self.norms[usize::from(site == Site::MlpInput)];
                 tape.scale_columns(back, gamma, false)
             }
             Site::Query => x,
-            Site::Key => self.fixed(tape, &self.keys, x, self.recipe.kv_bits, vec![hd; kv], false),
+            Site::Key => self.fixed(tape, site, &self.keys, x, vec![hd; kv]),
             Site::Value => {
                 let turned = tape.kronecker(x, None, Some(turn), (kv, hd));
-                let bits = self.recipe.kv_bits;
-                let rounded = self.on_grid(tape, turned, bits, vec![hd; kv], false);
+                let rounded = self.on_grid(tape, site, turned, vec![hd; kv]);
                 tape.kronecker(rounded, None, Some(back), (kv, hd))
             }
             Site::AttnOutput => {
                 let turned = tape.kronecker(x, None, Some(turn), (heads, hd));
-                let bits = self.recipe.a_bits;
-                let rounded = self.on_grid(tape, turned, bits, vec![heads * hd], true);
+                let rounded = self.on_grid(tape, site, turned, vec![heads * hd]);
                 tape.kronecker(rounded, None, Some(back), (heads, hd))
             }
             Site::DownInput => {
-                let cols = vec![self.config.intermediate_size];
-                self.fixed(tape, &self.down, x, self.recipe.a_bits, cols, true)
+                self.fixed(tape, site, &self.down, x, vec![self.config.intermediate_size])
             }
         }
     }
@@ -310,27 +311,23 @@ impl Sites<'_> {
     fn fixed(
         &self,
         tape: &mut Tape,
+        site: Site,
         map: &Arc<Transform>,
         x: Var,
-        bits: Option<u8>,
         cols: Vec<usize>,
-        linear: bool,
     ) -> Var {
         let turned = tape.transform(x, map);
-        let rounded = self.on_grid(tape, turned, bits, cols, linear);
+        let rounded = self.on_grid(tape, site, turned, cols);
         tape.transform_back(rounded, map)
     }
 
-    fn on_grid(
-        &self,
-        tape: &mut Tape,
-        x: Var,
-        bits: Option<u8>,
-        cols: Vec<usize>,
-        linear: bool,
-    ) -> Var {
-        let Some(bits) = bits.filter(|b| *b != UNQUANTIZED) else { return x };
-        let symmetric = linear && self.recipe.a_symmetric.unwrap_or(true);
+    fn on_grid(&self, tape: &mut Tape, site: Site, x: Var, cols: Vec<usize>) -> Var {
+        let bits = self.recipe.site_bits(self.layer, site);
+        if bits == UNQUANTIZED {
+            return x;
+        }
+        let cache = matches!(site, Site::Key | Site::Value);
+        let symmetric = !cache && self.recipe.a_symmetric.unwrap_or(true);
         let segments = cols.into_iter().map(|cols| (cols, bits)).collect();
         tape.fake_quant(x, None, &FakeQuant { segments, symmetric, weight: false })
     }

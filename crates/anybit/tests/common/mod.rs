@@ -156,17 +156,29 @@ pub fn entries(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Copies the files of a folder to a new one.
+/// Copies a folder to a new one.
 pub fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir(to).unwrap();
     for name in entries(from) {
-        fs::copy(from.join(&name), to.join(&name)).unwrap();
+        match from.join(&name).is_dir() {
+            true => copy_folder(&from.join(&name), &to.join(&name)),
+            false => drop(fs::copy(from.join(&name), to.join(&name)).unwrap()),
+        }
     }
 }
 
-/// The bytes of all files of a folder without folders in it, by name.
+/// The bytes of all files of a folder and of those in it, by path.
 pub fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    entries(folder).into_iter().map(|n| (n.clone(), fs::read(folder.join(n)).unwrap())).collect()
+    let mut files = BTreeMap::new();
+    for name in entries(folder) {
+        let path = folder.join(&name);
+        if path.is_dir() {
+            files.extend(contents(&path).into_iter().map(|(n, b)| (format!("{name}/{n}"), b)));
+        } else {
+            files.insert(name, fs::read(path).unwrap());
+        }
+    }
+    files
 }
 
 /// Two folders hold the same files with the same bytes.

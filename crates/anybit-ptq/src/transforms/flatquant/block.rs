@@ -2,48 +2,51 @@
 
 use std::collections::BTreeMap;
 
-use anybit_core::{Matrix, Site, Transform};
+use anybit_core::{GridSpec, Matrix, Site, Transform};
 use anybit_grad::{BlockShape, BlockVars, FakeQuant, Tape, Tensor, TrainBlock, Var};
 
 use super::parameters::Parameters;
-use super::quantizes;
 use crate::Recipe;
 use crate::activations::UNQUANTIZED;
 use crate::transforms::{FittedSite, TransformedBlock};
 
-/// Bits and grids that a fit is for.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// Bits and grids that the fit of a block is for.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Bits {
-    /// Of weights.
-    pub weights: u8,
-    /// Of the inputs of linears.
-    pub activations: u8,
-    /// Of keys and values.
-    pub cache: u8,
-    /// Columns of a weight that share a scale.
-    pub group: Option<usize>,
-    /// Symmetric grids of weights.
-    pub weights_symmetric: bool,
+    /// Grids of the linears that are rounded, by name below `model.layers.N.`.
+    pub weights: BTreeMap<&'static str, GridSpec>,
+    /// Bits of what flows at the sites that have a quantizer.
+    pub sites: BTreeMap<Site, u8>,
     /// Symmetric grids of the inputs of linears.
     pub activations_symmetric: bool,
 }
 
 impl Bits {
-    /// Those of a recipe; fractions are rounded.
-    pub fn of(recipe: &Recipe) -> Self {
+    /// Those of a recipe in block `layer`; fractions are rounded.
+    pub fn of(recipe: &Recipe, layer: usize) -> Self {
+        let linears = Site::INPUTS.into_iter().flat_map(Site::linears);
+        let grid = |linear: &&'static str| {
+            let settings = recipe.settings(&format!("model.layers.{layer}.{linear}"))?;
+            Some((*linear, settings.grid))
+        };
+        let sites = Site::ALL.into_iter().map(|site| (site, recipe.site_bits(layer, site)));
         Self {
-            weights: recipe.bits.round() as u8,
-            activations: recipe.a_bits.unwrap_or(UNQUANTIZED),
-            cache: recipe.kv_bits(),
-            group: usize::try_from(recipe.group()).ok(),
-            weights_symmetric: recipe.symmetric,
+            weights: linears.filter_map(grid).collect(),
+            sites: sites.filter(|(_, bits)| *bits != UNQUANTIZED).collect(),
             activations_symmetric: recipe.a_symmetric.unwrap_or(true),
         }
     }
 
+    /// Whether something between the transform of a site and its inverse is quantized: its flow, or
+    /// the weights behind it.
+    pub fn at(&self, site: Site) -> bool {
+        let behind = site.linears().iter().any(|linear| self.weights.contains_key(linear));
+        behind || self.sites.contains_key(&site)
+    }
+
     /// Whether nothing is quantized.
     pub fn nothing(&self) -> bool {
-        ![self.weights, self.activations, self.cache].into_iter().any(quantizes)
+        self.weights.is_empty() && self.sites.is_empty()
     }
 }
 
@@ -61,7 +64,7 @@ pub struct Recorded<'a> {
     sizes: BTreeMap<Site, (usize, usize)>,
     original: BlockVars,
     shape: &'a BlockShape,
-    bits: Bits,
+    bits: &'a Bits,
 }
 
 impl<'a> Recorded<'a> {
@@ -71,7 +74,7 @@ impl<'a> Recorded<'a> {
         parameters: &Parameters,
         original: &TrainBlock,
         shape: &'a BlockShape,
-        bits: Bits,
+        bits: &'a Bits,
     ) -> Self {
         let leaf =
             |(name, value): (&String, &Tensor)| (name.clone(), tape.leaf(value.clone(), true));
@@ -138,21 +141,19 @@ impl<'a> Recorded<'a> {
             Site::Key => {
                 let x =
                     right.map_or(x, |(key, _)| tape.kronecker(x, None, Some(key), (kv_heads, hd)));
-                self.on_grid(tape, site, x, self.bits.cache, vec![hd; kv_heads])
+                self.on_grid(tape, site, x, vec![hd; kv_heads])
             }
-            Site::Value => self.on_grid(tape, site, x, self.bits.cache, vec![hd; kv_heads]),
+            Site::Value => self.on_grid(tape, site, x, vec![hd; kv_heads]),
             _ => {
                 let x = self.transform(tape, site, x, false);
                 let cols = tape.dims(x).1;
-                self.on_grid(tape, site, x, self.bits.activations, vec![cols])
+                self.on_grid(tape, site, x, vec![cols])
             }
         }
     }
 
-    fn on_grid(&self, tape: &mut Tape, site: Site, x: Var, bits: u8, cols: Vec<usize>) -> Var {
-        if !quantizes(bits) {
-            return x;
-        }
+    fn on_grid(&self, tape: &mut Tape, site: Site, x: Var, cols: Vec<usize>) -> Var {
+        let Some(&bits) = self.bits.sites.get(&site) else { return x };
         let cache = matches!(site, Site::Key | Site::Value);
         let clip = self.vars.get(&format!("{}.clip", site.name())).copied();
         let grid = FakeQuant {
@@ -199,17 +200,17 @@ impl<'a> Recorded<'a> {
     pub fn quantized_weights(&self, tape: &mut Tape) -> BlockVars {
         let mut vars = self.original.clone();
         for (name, weight) in self.transformed_weights(tape) {
-            let linear = name.strip_suffix(".weight").filter(|_| quantizes(self.bits.weights));
-            let weight = match linear {
+            let linear = name.strip_suffix(".weight").unwrap_or_default();
+            let weight = match self.bits.weights.get(linear) {
                 None => weight,
-                Some(linear) => {
+                Some(spec) => {
                     let clip = self.vars.get(&format!("{linear}.clip")).copied();
                     let cols = tape.dims(weight).1;
-                    let group = self.bits.group.unwrap_or(cols).clamp(1, cols);
+                    let group = spec.group_len(cols);
                     let lens = (0..cols).step_by(group).map(|start| group.min(cols - start));
                     let grid = FakeQuant {
-                        segments: lens.map(|len| (len, self.bits.weights)).collect(),
-                        symmetric: self.bits.weights_symmetric,
+                        segments: lens.map(|len| (len, spec.bits())).collect(),
+                        symmetric: !matches!(spec, GridSpec::Uniform { symmetric: false, .. }),
                         weight: true,
                     };
                     tape.fake_quant(weight, clip, &grid)
@@ -294,5 +295,30 @@ impl<'a> Recorded<'a> {
                 Some(Transform::Kronecker { sizes, left, right })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fit_has_the_bits_that_the_recipe_gives_each_place() {
+        let mut recipe = Recipe { a_bits: Some(4), kv_bits: Some(3), ..Default::default() };
+        recipe.skip = vec!["model.layers.1.*".into()];
+        recipe.add_layer("*.down_proj=bits:6,group_size:-1,symmetric:false").unwrap();
+        recipe.add_site("model.layers.1.*=16").unwrap();
+        recipe.add_site("*.down_input=8").unwrap();
+        let (first, second) = (Bits::of(&recipe, 0), Bits::of(&recipe, 1));
+        assert_eq!(first.weights["mlp.down_proj"], GridSpec::affine(6, false, None));
+        assert_eq!(first.weights["mlp.up_proj"], GridSpec::affine(4, true, Some(128)));
+        assert_eq!(first.sites[&Site::DownInput], 8);
+        assert_eq!((first.sites[&Site::AttnInput], first.sites[&Site::Value]), (4, 3));
+        // In the second block only the cache is quantized.
+        assert!(second.weights.is_empty() && !second.at(Site::DownInput));
+        assert_eq!(
+            second.sites.into_iter().collect::<Vec<_>>(),
+            [(Site::Key, 3), (Site::Value, 3)]
+        );
     }
 }

@@ -42,7 +42,6 @@ use super::{
     ActivationDefaults, Model, TransformMethod, TransformWriter, TransformedBlock, Transformer,
     Vocabulary,
 };
-use crate::activations::UNQUANTIZED;
 use crate::methods::{Citation, options_table, read_transform_options};
 use crate::plan::EMBEDDING;
 use crate::streams::{Mover, Stream};
@@ -180,14 +179,16 @@ impl Transformer for Learned {
     }
 
     fn fitted_to(&self, recipe: &Recipe) -> String {
-        format!("{:?} {} {:?}", Bits::of(recipe), recipe.symmetric, recipe.a_symmetric)
+        let (weights, cache) = (recipe.bits.round(), recipe.kv_bits);
+        let grids = (weights, recipe.group_size, recipe.symmetric, &recipe.layers, &recipe.skip);
+        format!("{grids:?} {:?}", (recipe.a_bits, recipe.a_symmetric, &recipe.sites, cache))
     }
 
     fn fit(&self, model: &Model<'_>, out: &mut TransformWriter<'_>) -> Result<()> {
         let options = &self.0;
         let config = &model.checkpoint.config;
-        let bits = Bits::of(model.recipe);
-        if bits.nothing() {
+        let nothing = |index| Bits::of(model.recipe, index).nothing();
+        if (0..config.num_layers).all(nothing) {
             let what = "flatquant has nothing to fit: weights, activations and cache all have 16 \
                         bits; give --bits, --a-bits or --kv-bits, or a --preset";
             return Err(PtqError::Recipe(what.into()));
@@ -206,10 +207,11 @@ impl Transformer for Learned {
             }
             let shape = BlockShape::new(config, index, &rope);
             let original = TrainBlock::load(model.checkpoint, index)?;
-            let start = Parameters::start(config, &original, &maxima, options, bits);
+            let bits = Bits::of(model.recipe, index);
+            let start = Parameters::start(config, &original, &maxima, options, &bits);
             let mut fit = BlockFit {
                 options,
-                bits,
+                bits: &bits,
                 original: &original,
                 shape: &shape,
                 inputs: &inputs,
@@ -258,7 +260,7 @@ fn windows(sequences: &[Vec<u32>], options: &Options) -> Result<Vec<Vec<u32>>> {
 /// Training of one block.
 struct BlockFit<'a> {
     options: &'a Options,
-    bits: Bits,
+    bits: &'a Bits,
     original: &'a TrainBlock,
     shape: &'a BlockShape,
     inputs: &'a Stream,
@@ -398,9 +400,4 @@ impl<'a> BlockFit<'a> {
 fn cosine(first: f64, last: f64, step: usize, steps: usize) -> f64 {
     let at = step as f64 / steps.max(1) as f64;
     last + (first - last) / 2.0 * (1.0 + (std::f64::consts::PI * at).cos())
-}
-
-/// Whether a bit-width stands for no quantizer.
-fn quantizes(bits: u8) -> bool {
-    bits != UNQUANTIZED
 }

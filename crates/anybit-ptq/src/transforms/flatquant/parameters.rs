@@ -17,7 +17,7 @@ use anybit_grad::{Tensor, TrainBlock};
 use anybit_io::ModelConfig;
 
 use super::block::Bits;
-use super::{Effort, Options, quantizes};
+use super::{Effort, Options};
 use crate::transforms::resq::random_orthogonal;
 use crate::transforms::scale::{InputMaxima, weight_maxima};
 
@@ -45,29 +45,26 @@ impl Parameters {
         block: &TrainBlock,
         maxima: &InputMaxima,
         options: &Options,
-        bits: Bits,
+        bits: &Bits,
     ) -> Self {
         let mut all =
             Self { values: BTreeMap::new(), bases: BTreeMap::new(), sizes: BTreeMap::new() };
         let paper = options.effort == Effort::Paper;
         let heads = (config.num_heads, config.head_dim);
-        let linears = quantizes(bits.weights) || quantizes(bits.activations);
-        if linears {
-            all.site(Site::AttnInput, kronecker_sizes(config.hidden_size), (true, true), paper);
-            all.site(Site::MlpInput, kronecker_sizes(config.hidden_size), (true, true), paper);
-            all.site(Site::AttnOutput, heads, (true, false), paper);
-            if options.down {
-                let sizes = kronecker_sizes(config.intermediate_size);
-                all.site(Site::DownInput, sizes, (true, true), paper);
+        // Where nothing is quantized a transform would only cost time.
+        for site in Site::INPUTS.into_iter().filter(|site| bits.at(*site)) {
+            let sizes = kronecker_sizes(config.site_size(site));
+            match site {
+                Site::AttnOutput => all.site(site, heads, (true, false), paper),
+                Site::DownInput if !options.down => {}
+                _ => all.site(site, sizes, (true, true), paper),
             }
-            if options.diagonal {
-                for site in [Site::AttnInput, Site::MlpInput, Site::DownInput] {
-                    all.factors(site, block, maxima);
-                }
+            if options.diagonal && site != Site::AttnOutput {
+                all.factors(site, block, maxima);
             }
         }
         all.site(Site::Value, (1, config.head_dim), (false, true), paper);
-        if quantizes(bits.cache) {
+        if bits.at(Site::Key) {
             all.site(Site::Key, (1, config.head_dim), (false, true), paper);
         }
         if options.clips {
@@ -116,29 +113,23 @@ impl Parameters {
         self.values.insert(name, Tensor::new([factors.len()], factors));
     }
 
-    fn clips(&mut self, config: &ModelConfig, bits: Bits, paper: bool) {
+    fn clips(&mut self, config: &ModelConfig, bits: &Bits, paper: bool) {
         let start = |bits: u8, low: f32| match bits {
             _ if paper => 4.0,
             0..=4 => low,
             5..=6 => low + 1.5,
             _ => 4.0,
         };
-        for site in Site::ALL {
-            let bits = match site {
-                Site::Query => continue,
-                Site::Key | Site::Value => bits.cache,
-                _ => bits.activations,
-            };
-            if quantizes(bits) {
-                let clip = Tensor::new([2], vec![start(bits, 1.0); 2]);
-                self.values.insert(format!("{}.clip", site.name()), clip);
-            }
+        for (site, &bits) in &bits.sites {
+            let clip = Tensor::new([2], vec![start(bits, 1.0); 2]);
+            self.values.insert(format!("{}.clip", site.name()), clip);
         }
-        if quantizes(bits.weights) && bits.weights > 1 {
-            for (linear, rows, _) in config.block_linears() {
-                let logits = vec![start(bits.weights, 2.0); 2 * rows];
-                self.values.insert(format!("{linear}.clip"), Tensor::new([rows, 2], logits));
-            }
+        for (linear, rows, _) in config.block_linears() {
+            let Some(grid) = bits.weights.get(linear).filter(|grid| grid.bits() > 1) else {
+                continue;
+            };
+            let logits = vec![start(grid.bits(), 2.0); 2 * rows];
+            self.values.insert(format!("{linear}.clip"), Tensor::new([rows, 2], logits));
         }
     }
 
