@@ -147,7 +147,8 @@ impl ActivationQuantizer {
         Ok(())
     }
 
-    /// The grid of `x`, a segment of `bits`.
+    /// The grid of `x`, a segment of `bits`. Its step is NaN when a value is not finite, so that
+    /// everything that is computed from the codes is NaN too: codes alone would hide it.
     #[inline(always)]
     pub fn grid(&self, x: &[f32], bits: u8) -> ActivationGrid {
         let round = |s: f32| match self.half {
@@ -157,6 +158,11 @@ impl ActivationQuantizer {
         };
         let half_range = (1u32 << (bits - 1)) as f32;
         let (min, max) = (-half_range, half_range - 1.0);
+        if !all_finite(x) {
+            return ActivationGrid { scale: f32::NAN, zero: 0.0, min, max, floor: false };
+        }
+        // Tiny extremes leave no step.
+        let positive = |s: f32| if s > 0.0 { s } else { 1.0 };
         if let Some(scale) = self.row_scale {
             let grid = HalfIntegerGrid::new(bits, scale);
             let scale = round(grid.step(grid.end(x)));
@@ -167,14 +173,14 @@ impl ActivationQuantizer {
         hi *= self.clip.0;
         if self.symmetric {
             let magnitude = hi.max(-lo);
-            let scale = if magnitude > 0.0 { magnitude / (half_range - 1.0) } else { 1.0 };
-            return ActivationGrid { scale: round(scale), zero: 0.0, min, max, floor: false };
+            let scale = round(positive(magnitude / (half_range - 1.0)));
+            return ActivationGrid { scale, zero: 0.0, min, max, floor: false };
         }
         let levels = 2.0 * half_range - 1.0;
         if hi == lo {
             (lo, hi) = (-1.0, 1.0);
         }
-        let scale = round((hi - lo) / levels);
+        let scale = round(positive((hi - lo) / levels));
         let zero = (-lo / scale).round_ties_even().clamp(0.0, levels) - half_range;
         ActivationGrid { scale, zero, min, max, floor: false }
     }
@@ -211,6 +217,20 @@ impl ActivationQuantizer {
             start += segment.cols;
         }
     }
+}
+
+/// Whether no value is infinite or NaN.
+#[inline(always)]
+fn all_finite(x: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    let (chunks, rest) = x.as_chunks::<8>();
+    let mut lanes = [0u32; 8];
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane |= u32::from(x.to_bits() & EXPONENT == EXPONENT);
+        }
+    }
+    lanes == [0; 8] && rest.iter().all(|x| x.is_finite())
 }
 
 /// Least and largest of the values and zero.
@@ -343,6 +363,31 @@ mod tests {
                 let most = scales[s] * (if half { 1.2 } else { 1.001 });
                 prop_assert!((x - f).abs() <= most, "{} {} {}", x, f, scales[s]);
             }
+        }
+    }
+
+    /// Codes cannot say it, so steps do; and what is too small for a step is zero.
+    #[test]
+    fn what_is_not_finite_stays_so_and_tiny_rows_are_zero() {
+        let mut half = ActivationQuantizer::plain(19, 4, false);
+        half.half = true;
+        let all = [
+            ActivationQuantizer::plain(19, 4, true),
+            ActivationQuantizer::plain(19, 8, false),
+            half,
+            ActivationQuantizer::half_integer(19, 1, RowScale::Rms),
+        ];
+        for q in all {
+            for (at, bad) in [(0, f32::NAN), (9, f32::INFINITY), (18, f32::NEG_INFINITY)] {
+                let mut x: Vec<f32> = (0..19).map(|i| i as f32 - 9.0).collect();
+                x[at] = bad;
+                assert!(codes(&q, &x).1.is_nan(), "{q:?}");
+                q.fake(&mut x);
+                assert!(x.iter().all(|v| v.is_nan()), "{q:?}");
+            }
+            let mut tiny = [f32::from_bits(1); 19];
+            q.fake(&mut tiny);
+            assert!(tiny.iter().all(|v| v.abs() <= 1e-6), "{q:?}: {tiny:?}");
         }
     }
 

@@ -1,5 +1,8 @@
 //! Numbers of bytes as people write them: `2GiB`. Called by the command line and by recipes.
 
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
+
 /// Bytes, with a unit of 1000 (kB, MB, GB) or 1024 (KiB, MiB, GiB) if wanted.
 ///
 /// # Errors
@@ -23,6 +26,28 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         true => Ok(bytes as u64),
         false => Err("a size is at least one byte".into()),
     }
+}
+
+/// A number of bytes, or a text of one, as a key of a recipe; for `deserialize_with`.
+///
+/// # Errors
+/// As [`parse_size`].
+pub fn deserialize<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: From<u64>,
+{
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a number of bytes or a text such as \"2GiB\"")]
+    enum Size {
+        Bytes(u64),
+        Text(String),
+    }
+    let bytes = match Size::deserialize(deserializer)? {
+        Size::Bytes(bytes) => bytes,
+        Size::Text(text) => parse_size(&text).map_err(D::Error::custom)?,
+    };
+    Ok(bytes.into())
 }
 
 #[cfg(test)]

@@ -20,9 +20,9 @@ use anybit_io::IoError;
 use anybit_io::atomic::check_space;
 use anybit_io::native::MANIFEST;
 use anybit_io::safetensors_file::map_file;
-use anybit_io::size::parse_size;
+use anybit_io::size;
 use rayon::prelude::*;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use super::error::{DistillError, Result};
 use super::teachers::{self, Teachers};
@@ -43,7 +43,7 @@ pub struct CacheRecipe {
     /// Folder of caches; runs may share it.
     pub dir: PathBuf,
     /// Most bytes of a cache, as a number or a text such as "2GiB".
-    #[serde(default = "four_gib", deserialize_with = "size")]
+    #[serde(default = "four_gib", deserialize_with = "size::deserialize")]
     pub max_bytes: u64,
     /// Likeliest tokens that are kept of every position; the others are kept as one.
     #[serde(default = "sixty_four")]
@@ -59,20 +59,6 @@ fn four_gib() -> u64 {
 
 fn sixty_four() -> usize {
     64
-}
-
-/// A number of bytes or a text of one.
-fn size<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<u64, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Size {
-        Bytes(u64),
-        Text(String),
-    }
-    match Size::deserialize(deserializer)? {
-        Size::Bytes(bytes) => Ok(bytes),
-        Size::Text(text) => parse_size(&text).map_err(serde::de::Error::custom),
-    }
 }
 
 /// Numbers of the sequences that the first `positions` of training come to, ascending.

@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anybit_core::{GridSpec, ScaleFit, Site};
-use anybit_io::nearest_name;
+use anybit_io::{nearest_name, size};
 use serde::{Deserialize, Serialize};
 
 use crate::activations::UNQUANTIZED;
@@ -64,8 +64,9 @@ pub struct Recipe {
     /// What `bits` counts.
     #[serde(skip_serializing_if = "Count::is_codes")]
     pub count: Count,
-    /// Most bytes of the weight files, everything in them counted; in the place of `bits`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Most bytes of the weight files, everything in them counted, as a number or a text such as
+    /// `"60MiB"`; in the place of `bits`.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "size::deserialize")]
     pub max_bytes: Option<u64>,
     /// Columns that share a scale, a multiple of 8; −1 for the whole row. 128 when absent, the
     /// whole row where activations are quantized too.
@@ -531,5 +532,9 @@ mod tests {
         }
         recipe.group_size = Some(100);
         assert!(recipe.validate().is_err());
+        let sizes = ["max_bytes = 60_000_000", "max_bytes = '60MB'"].map(toml::from_str::<Recipe>);
+        assert!(sizes.into_iter().all(|r| r.unwrap().max_bytes == Some(60_000_000)));
+        let bad = toml::from_str::<Recipe>("max_bytes = '60MX'").unwrap_err().to_string();
+        assert!(bad.contains("unknown unit"), "{bad}");
     }
 }
