@@ -223,15 +223,17 @@ impl<'a> Task<'a> {
         let group_len = spec.group_len(cols);
         let block = if self.is_static() { BLOCK } else { block_len(group_len) };
         let mut rows = Vec::with_capacity(count);
-        // Working copies in rounding order; dead columns hold no weight.
+        // Working copies in rounding order; dead columns hold no weight, and no scale is theirs.
         let mut w = vec![0f32; count * m];
         for (r, w) in w.chunks_exact_mut(m).enumerate() {
-            let source = self.weights.row(first + r);
+            let mut source = self.weights.row(first + r).to_vec();
+            let dead = source.iter_mut().zip(&self.factor.dead).filter(|(_, dead)| **dead);
+            dead.for_each(|(weight, _)| *weight = 0.0);
             for (w, &column) in w.iter_mut().zip(&self.factor.order) {
-                *w = if self.factor.dead[column] { 0.0 } else { source[column] };
+                *w = source[column];
             }
             let groups = match self.is_static() {
-                true => self.fit_groups(source, first + r)?,
+                true => self.fit_groups(&source, first + r)?,
                 false => Vec::with_capacity(m.div_ceil(group_len)),
             };
             rows.push(RoundedRow { codes: vec![0; m], groups });
@@ -392,10 +394,12 @@ mod tests {
 
     #[test]
     fn dead_channels_keep_no_weight_and_threads_do_not_matter() {
-        let (w, mut gram) = case(70, 64, 9);
+        let (mut w, mut gram) = case(70, 64, 9);
         for i in 0..64 {
             gram.set(i, 5, 0.0);
         }
+        let clean = gptq(&w, &gram, GridSpec::affine(4, true, None), GptqOptions::default());
+        (0..70).for_each(|i| w.row_mut(i)[5] = 100.0);
         let spec = GridSpec::affine(4, true, None);
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -403,6 +407,7 @@ mod tests {
         };
         let plane = run(1);
         assert_eq!(plane, run(3));
+        assert_eq!(plane, clean.unwrap().plane, "what is dropped widens no grid");
         let q = QuantizedMatrix::single(plane).dequantize();
         assert!((0..70).all(|r| q.row(r)[5] == 0.0));
     }
