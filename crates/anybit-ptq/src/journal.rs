@@ -87,6 +87,8 @@ pub fn hash_tokens(tokens: &[&[Vec<u32>]]) -> String {
 struct State {
     identity: Identity,
     finished: usize,
+    /// Hash of the inputs of the first unfinished block.
+    inputs: String,
     records: BTreeMap<String, QuantizedRecord>,
     /// Packed matrices whose factors a norm took up.
     folded: BTreeMap<String, String>,
@@ -110,7 +112,8 @@ impl Journal {
         let (path, folder) = (folder.join("journal.json"), folder.join("journal"));
         fs::create_dir_all(&folder).map_err(|e| IoError::file("create", &folder, e))?;
         let (records, folded) = (BTreeMap::new(), BTreeMap::new());
-        let fresh = State { identity, finished: 0, records, folded, blocks: Vec::new() };
+        let (inputs, blocks) = (String::new(), Vec::new());
+        let fresh = State { identity, finished: 0, inputs, records, folded, blocks };
         if !(resume && path.exists()) {
             return Ok(Self { path, folder, state: fresh });
         }
@@ -163,9 +166,13 @@ impl Journal {
     /// Reads the streams that enter the first unfinished block.
     ///
     /// # Errors
-    /// The file is missing or short.
+    /// The file is missing or another than was written.
     pub fn read_inputs(&self, streams: &mut [&mut Stream]) -> Result<()> {
         let path = self.inputs_path(self.state.finished);
+        if hash_file(&path)? != self.state.inputs {
+            let what = "it is not what was written: begin again without --resume";
+            return Err(IoError::damaged(&path, what).into());
+        }
         let mut file = fs::File::open(&path).map_err(|e| IoError::file("read", &path, e))?;
         streams.iter_mut().try_for_each(|s| s.read(&mut file, &path))
     }
@@ -217,12 +224,13 @@ impl Journal {
     pub fn finish_block(&mut self, report: BlockReport, streams: &[&Stream]) -> Result<()> {
         let next = self.state.finished + 1;
         let inputs = self.inputs_path(next);
-        // Not flushed to the disk: after a crash of the machine the journal's length check finds
-        // it, after a kill it is complete.
+        // Not flushed to the disk: after a crash of the machine the hash finds it, after a kill it
+        // is complete.
         let file = fs::File::create(&inputs).map_err(|e| IoError::file("create", &inputs, e))?;
         let mut out = std::io::BufWriter::with_capacity(1 << 20, file);
         streams.iter().try_for_each(|s| s.write(&mut out, &inputs))?;
         out.flush().map_err(|e| IoError::file("write", &inputs, e))?;
+        self.state.inputs = hash_file(&inputs)?;
         self.state.finished = next;
         self.state.blocks.push(report);
         self.save()?;
@@ -257,6 +265,13 @@ impl Journal {
         let _ = fs::remove_file(&self.path);
         let _ = fs::remove_dir_all(&self.folder);
     }
+}
+
+fn hash_file(path: &Path) -> Result<String> {
+    let fail = |e| IoError::file("read", path, e);
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(fs::File::open(path).map_err(fail)?).map_err(fail)?;
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// Name under which a block's matrices are written.

@@ -286,6 +286,11 @@ fn a_damaged_journal_is_named() {
         lab.run(&resume).refused(INPUT, &[&format!("out.partial/{name}")]);
         restore(name, bytes);
     }
+    let mut flipped = files["journal/inputs-002.bin"].clone();
+    flipped[100] ^= 1;
+    restore("journal/inputs-002.bin", &flipped);
+    lab.run(&resume).refused(INPUT, &["out.partial/journal/inputs-002.bin"]);
+    restore("journal/inputs-002.bin", &files["journal/inputs-002.bin"]);
     for name in ["journal/inputs-002.bin", "journal/block-000.safetensors"] {
         fs::remove_file(partial.join(name)).unwrap();
         lab.run(&resume).refused(INPUT, &[&format!("out.partial/{name}")]);
