@@ -5,9 +5,9 @@
 #   LLAMA_CPP=DIR runs/llamacpp-sizes.sh TEST.raw CALIBRATION...
 #
 # DIR holds llama-quantize and llama-imatrix (llama.cpp, MIT; the source distribution of
-# llama-cpp-python on PyPI builds them). TYPES and TOKENS may be set. A type's file is turned back
-# into f32 by llama-quantize and read from there; `--match` takes the bytes of its tensors.
-# About an hour on two cores.
+# llama-cpp-python on PyPI builds them). TYPES, SIZES and TOKENS may be set. A type's file is turned
+# back into f32 by llama-quantize and read from there; `--match` takes the bytes of its tensors. SIZES
+# are those of models by anybit alone. About two hours on two cores.
 set -euo pipefail
 tools="$(realpath "${LLAMA_CPP:?the folder of llama-quantize and llama-imatrix}")"
 test_text="$(realpath "$1")"
@@ -39,6 +39,11 @@ for type in ${TYPES:-IQ2_XS IQ2_M Q2_K IQ3_S Q3_K_M IQ4_XS Q4_K_M}; do
     [ -d "$out/anybit-$type" ] || "$anybit" quantize "$reference" --method anybit \
         --match "$out/$type.gguf" "${calibration[@]}" --report-tokens 0 --out "$out/anybit-$type"
     models+=("$out/$type-f32.gguf" "$out/anybit-$type")
+done
+for size in ${SIZES:-40MB 50MB 60MB 70MB 80MB}; do
+    [ -d "$out/anybit-$size" ] || "$anybit" quantize "$reference" --method anybit \
+        --max-bytes "$size" "${calibration[@]}" --report-tokens 0 --out "$out/anybit-$size"
+    models+=("$out/anybit-$size")
 done
 "$anybit" eval "${models[@]}" --reference "$reference" --text "$test_text" \
     --limit-tokens "${TOKENS:-32768}" --json "$out/scores.json"
