@@ -23,6 +23,7 @@ pub mod grid;
 pub mod hadamard;
 pub mod half_integer;
 pub mod kmeans;
+pub mod kronecker;
 pub mod linalg;
 pub mod lnq;
 pub mod matrix;

@@ -19,6 +19,7 @@ use faer::linalg::solvers::DenseSolveCore;
 use serde::{Deserialize, Serialize};
 
 use crate::error::check_len;
+use crate::kronecker::Factors;
 use crate::scratch::with_scratch;
 use crate::{CoreError, Hadamard, Matrix, Result};
 
@@ -125,7 +126,7 @@ impl Transform {
             Self::Diagonal(factors) => scale_rows(x, factors),
             Self::Hadamard(map) => map.apply(x),
             Self::Kronecker { sizes, left, right } => {
-                kronecker(x, *sizes, left.as_ref(), right.as_ref(), false);
+                factors(*sizes, left, right).apply(x, false);
             }
             Self::HeadSplit { heads, head_dim, high } => {
                 split_heads(x, (*heads, *head_dim, *high), false);
@@ -145,7 +146,7 @@ impl Transform {
             Self::Diagonal(factors) => scale_rows(x, factors),
             Self::Hadamard(map) => map.apply_transpose(x),
             Self::Kronecker { sizes, left, right } => {
-                kronecker(x, *sizes, left.as_ref(), right.as_ref(), true);
+                factors(*sizes, left, right).apply(x, true);
             }
             Self::HeadSplit { heads, head_dim, high } => {
                 split_heads(x, (*heads, *head_dim, *high), true);
@@ -323,57 +324,13 @@ fn scale_rows(x: &mut [f32], factors: &[f32]) {
     }
 }
 
-/// `P₁ᵀ V P₂`, or `P₁ V P₂ᵀ` when `transposed`, row by row; every inner loop runs along `n₂`.
-fn kronecker(
-    x: &mut [f32],
-    (n1, n2): (usize, usize),
-    left: Option<&Matrix>,
-    right: Option<&Matrix>,
-    transposed: bool,
-) {
-    with_scratch(n1 * n2 + n1 * n1 + n2 * n2, |scratch| {
-        let (v, rest) = scratch.split_at_mut(n1 * n2);
-        let (left_room, right_room) = rest.split_at_mut(n1 * n1);
-        // Rows of the matrices that are added up: P₂ as it is, P₁ transposed.
-        let left = left.map(|m| oriented(m, !transposed, left_room));
-        let right = right.map(|m| oriented(m, transposed, right_room));
-        for row in x.chunks_exact_mut(n1 * n2) {
-            if let Some(right) = right {
-                v.copy_from_slice(row);
-                row.fill(0.0);
-                for (out, v) in row.chunks_exact_mut(n2).zip(v.chunks_exact(n2)) {
-                    for (v, p) in v.iter().zip(right.chunks_exact(n2)) {
-                        axpy(*v, p, out);
-                    }
-                }
-            }
-            if let Some(left) = left {
-                v.copy_from_slice(row);
-                row.fill(0.0);
-                for (out, p) in row.chunks_exact_mut(n2).zip(left.chunks_exact(n1)) {
-                    for (p, v) in p.iter().zip(v.chunks_exact(n2)) {
-                        axpy(*p, v, out);
-                    }
-                }
-            }
-        }
-    });
-}
-
-/// The elements of a square `m`, or of its transpose, which is written to `room`.
-fn oriented<'a>(m: &'a Matrix, transposed: bool, room: &'a mut [f32]) -> &'a [f32] {
-    if !transposed {
-        return &m.data;
-    }
-    for (i, row) in m.data.chunks_exact(m.cols).enumerate() {
-        row.iter().enumerate().for_each(|(j, value)| room[j * m.rows + i] = *value);
-    }
-    room
-}
-
-#[inline]
-fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
+/// The factors of [`Transform::Kronecker`].
+pub fn factors<'a>(
+    sizes: (usize, usize),
+    left: &'a Option<Matrix>,
+    right: &'a Option<Matrix>,
+) -> Factors<'a> {
+    Factors { sizes, left: left.as_ref(), right: right.as_ref() }
 }
 
 fn split_heads(x: &mut [f32], (heads, head_dim, high): (usize, usize, usize), inverse: bool) {

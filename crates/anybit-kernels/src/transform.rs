@@ -3,8 +3,12 @@
 //! The arithmetic of a row is that of [`anybit_core`], which is its scalar twin too: rows do not
 //! depend on each other, so the result has the same bits.
 
+use anybit_core::kronecker::Factors;
+use anybit_core::scratch::with_scratch;
+use anybit_core::transform::factors;
 use anybit_core::{ActivationQuantizer, Transform};
 
+use crate::isa::{Isa, isa};
 use crate::{DisjointMut, QuantizedRows, SpinPool};
 
 /// Values that one task handles.
@@ -18,7 +22,37 @@ fn rows_per_task(cols: usize) -> usize {
 pub fn transform_rows(transform: &Transform, x: &mut [f32]) {
     let cols = transform.size().max(1);
     let step = rows_per_task(cols) * cols;
-    SpinPool::global().chunks(x, step, |_, rows| transform.apply(rows));
+    SpinPool::global().chunks(x, step, |_, rows| apply(transform, rows, isa()));
+}
+
+/// [`Transform::apply`] with the vectors of `isa`; nothing is fused or reordered, so the bits are
+/// the same.
+fn apply(transform: &Transform, rows: &mut [f32], isa: Isa) {
+    match transform {
+        Transform::Kronecker { sizes, left, right } => {
+            kronecker(factors(*sizes, left, right), rows, isa);
+        }
+        Transform::Compose(steps) => steps.iter().for_each(|step| apply(step, rows, isa)),
+        _ => transform.apply(rows),
+    }
+}
+
+fn kronecker(factors: Factors<'_>, rows: &mut [f32], isa: Isa) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2(factors: Factors<'_>, rows: &mut [f32], scratch: &mut [f32]) {
+            factors.apply_in(rows, false, scratch);
+        }
+        if isa != Isa::Scalar {
+            // SAFETY: every level above the scalar one has AVX2.
+            return with_scratch(factors.scratch(), |scratch| unsafe {
+                avx2(factors, rows, scratch)
+            });
+        }
+    }
+    let _ = isa;
+    factors.apply(rows, false);
 }
 
 /// Replaces rows by the values of their codes.
@@ -58,7 +92,7 @@ pub fn quantize_rows(quantizer: &ActivationQuantizer, x: &[f32], out: &mut Quant
 mod tests {
     use super::*;
     use anybit_core::rng::SplitMix64;
-    use anybit_core::{Hadamard, RowScale};
+    use anybit_core::{Hadamard, Matrix, RowScale};
     use proptest::prelude::*;
 
     proptest! {
@@ -91,6 +125,33 @@ mod tests {
                 prop_assert_eq!(&one, &many[t * cols..(t + 1) * cols]);
                 prop_assert_eq!(&codes, &coded.codes[t * cols..(t + 1) * cols]);
                 prop_assert_eq!((scale[0], zero[0]), (coded.scales[t], coded.doubled_zeros[t]));
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        /// At every level of instructions the bits of the core.
+        #[test]
+        fn kronecker_products_have_the_bits_of_the_core(
+            rows in 0usize..9, sizes in (1usize..20, 1usize..70), sides in 0u8..4,
+            seed in any::<u64>(),
+        ) {
+            let mut rng = SplitMix64::new(seed);
+            let mut normals = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<_>>();
+            let mut side = |bit: u8, n: usize| {
+                (sides & bit > 0).then(|| Matrix::from_vec(n, n, normals(n * n)).unwrap())
+            };
+            let (left, right) = (side(1, sizes.0), side(2, sizes.1));
+            let x = normals(rows * sizes.0 * sizes.1);
+            let transform =
+                Transform::Compose(vec![Transform::Kronecker { sizes, left, right }]);
+            let mut expected = x.clone();
+            transform.apply(&mut expected);
+            for isa in Isa::available() {
+                let mut got = x.clone();
+                apply(&transform, &mut got, isa);
+                prop_assert!(got.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
             }
         }
     }
