@@ -9,6 +9,7 @@
 //! | `mlp_input` | RMSNorm's output, into gate and up | online or folded | per token |
 //! | `down_input` | `silu(gate)·up`, into down | online | per token |
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -52,7 +53,7 @@ impl Site {
         [Self::AttnInput, Self::AttnOutput, Self::MlpInput, Self::DownInput];
 
     /// Its name in block `layer`.
-    pub fn full_name(self, layer: usize) -> String {
+    pub fn full_name(self, layer: impl Display) -> String {
         format!("model.layers.{layer}.{}", self.name())
     }
 

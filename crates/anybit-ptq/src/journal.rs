@@ -87,7 +87,9 @@ pub fn hash_tokens(tokens: &[&[Vec<u32>]]) -> String {
 struct State {
     identity: Identity,
     finished: usize,
-    /// Hash of the inputs of the first unfinished block.
+    /// Hash of the inputs of the first unfinished block. Journals of older versions have none, and
+    /// are refused for their version.
+    #[serde(default)]
     inputs: String,
     records: BTreeMap<String, QuantizedRecord>,
     /// Packed matrices whose factors a norm took up.

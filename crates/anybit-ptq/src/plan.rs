@@ -215,7 +215,7 @@ fn tier_of(
 ) -> Option<(usize, u8)> {
     let (layer, linear) = split_linear(tensor)?;
     let site = SiteKind::of(linear)?.site()?;
-    let record = sites.get(&format!("model.layers.{layer}.{}", site.name()))?;
+    let record = sites.get(&site.full_name(layer))?;
     let split = record.quantizer.as_ref().is_some_and(|q| q.segments.len() > 1);
     let wanted = record.high > 0 && (split || recipe.high_bits > bits);
     wanted.then_some((record.high, recipe.high_bits.max(bits)))

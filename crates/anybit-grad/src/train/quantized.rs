@@ -108,11 +108,6 @@ fn weight_name(layer: usize, linear: &str) -> String {
     format!("model.layers.{layer}.{linear}.weight")
 }
 
-/// The name of an operand that is an activation.
-fn site_name(layer: usize, site: Site) -> String {
-    format!("model.layers.{layer}.{}", site.name())
-}
-
 impl QuantizedDecoder {
     /// Checks that the estimators fit every linear. What they learn has its first value for the
     /// weights; that for the activations is found by [`Self::initialize_activations`].
@@ -190,7 +185,7 @@ impl QuantizedDecoder {
             let vars: Vec<Var> =
                 values.iter().map(|(_, value)| tape.constant(value.clone())).collect();
             if !values.is_empty() {
-                found.insert(site_name(layer, site), values);
+                found.insert(site.full_name(layer), values);
             }
             estimator.record(tape, x, &vars)
         };
@@ -321,7 +316,7 @@ impl QuantizedDecoder {
             if !feeds_linears(site) {
                 return x;
             }
-            let operand = site_name(layer, site);
+            let operand = site.full_name(layer);
             see(tape, &operand, x);
             let learned = leaves.learned.get(&operand).map_or(&[][..], Vec::as_slice);
             self.round(tape, self.activations.as_deref(), x, learned)
